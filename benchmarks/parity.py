@@ -36,7 +36,7 @@ from d2.models.vae import FirstStage, KLAutoencoder, VAEConfig
 from d2.noise import freeinit_noise, mix_frequencies, starting_point
 from d2.preprocess import frame_picture
 from d2.sampler import SamplerConfig, State, plan, sample_matrix
-from d2.schedule import composition_scale, edm_sigmas, linear_guidance, low_pass, triangle_guidance
+from d2.schedule import composition_scale, edm_sigmas, linear_guidance, low_pass, progress, triangle_guidance
 
 TOLERANCE = 1e-5
 LEVEL = 1.0 / 255
@@ -132,7 +132,7 @@ def numbers(text: str) -> list[float]:
 
 
 def configured(cls: type, values: dict[str, Any]) -> Any:
-    """A hyper-parameter dataclass from recorded values; those it has no field for must not matter."""
+    """A hyper-parameter dataclass from recorded values; the rest are switches that SVD and SV3D both set."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
 
@@ -335,10 +335,9 @@ def schedule_checks(info: dict[str, Any], io: Tensors) -> Iterator[Check]:
     s = info["scale_scheduler"]
     for name in (n for n in io if n.startswith("scale_")):
         kind: Any = name.removeprefix("scale_").removesuffix("_out")
-        steps = s["num_steps"]
+        bounds = s["scale"], s["scale_min"], s["scale_max"], s["scale_k"]
         values = [
-            composition_scale(kind, i / (steps - 1), s["scale"], s["scale_min"], s["scale_max"], s["scale_k"])
-            for i in range(steps)
+            composition_scale(kind, progress(i, s["num_steps"]), *bounds) for i in range(s["num_steps"])
         ]
         yield name, torch.tensor(values, dtype=torch.float64), io[name]
 
@@ -353,7 +352,7 @@ def guidance_checks(info: dict[str, Any], io: Tensors) -> Iterator[Check]:
         periods = TRIANGLES.get(name.split("_")[2], (1.0,))
         rise = triangle_guidance(0, 1, len(recorded), periods)[1].item()
         low = recorded[0].item()
-        high = low + (recorded[1].item() - low) / rise
+        high = low + (recorded[1].item() - low) / (rise or 1)
         yield name, triangle_guidance(low, high, len(recorded), periods)[None], io[name]
     high, low, T = numbers(info["guider_apply"])[:3]
     uncond, cond = rearrange(io["guider_x"], "(u b t) ... -> u b t ...", u=2, t=int(T))
