@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from d2.fileio import atomic_path
-from d2.models.weights import DTYPES, SV3D, SVD, ModelSpec, layout, leftovers
+from d2.models.weights import DTYPES, SV3D, SVD, layout, leftovers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> 
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)

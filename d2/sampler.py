@@ -11,6 +11,7 @@ from torch import Tensor
 from d2.compose import Unconditional, Weights, compose, needed, weights
 from d2.config import config, option
 from d2.denoiser import Estimate
+from d2.noise import freeinit_noise
 from d2.schedule import (
     Composition,
     composition_scale,
@@ -156,6 +157,24 @@ def advance(
     std = sigma - after if plan.config.vrs == "reference" else (sigma**2 - after**2) ** 0.5
     # What was remembered belongs to the path that has just been left.
     return State(x + std * noise(step).to(x), step, state.again + 1, None)
+
+
+def refine(
+    sample: Callable[[Tensor], Tensor],  # runs the whole loop from noise
+    noise: Noise,  # iteration -> [V, F, C, h, w], N(0, 1)
+    iterations: int,
+    sigma: float,  # the first noise level
+    mask: Tensor,  # [V, F, h, w] or, for one sequence, [T, h, w] (schedule.low_pass)
+) -> Tensor:  # like the noise
+    """FreeInit (Wu et al. 2023): samples again, each time from the low frequencies of the last result.
+
+    Every iteration has high frequencies of its own; what noises the last result is always the first noise.
+    """
+    first = noise(0)
+    result = sample(first)
+    for iteration in range(1, iterations):
+        result = sample(freeinit_noise(result, first, noise(iteration), sigma, mask))
+    return result
 
 
 # A step is (x, step, sigmas, denoise, previous) -> (x at the next level, what the next step remembers).
