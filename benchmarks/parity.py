@@ -35,7 +35,7 @@ from d2.models.unet import UNetConfig, VideoUNet
 from d2.models.vae import FirstStage, KLAutoencoder, VAEConfig
 from d2.noise import freeinit_noise, mix_frequencies, starting_point
 from d2.preprocess import frame_picture
-from d2.sampler import SamplerConfig, State, plan, sample_matrix
+from d2.sampler import SamplerConfig, State, alone, plan, sample_matrix
 from d2.schedule import composition_scale, edm_sigmas, linear_guidance, low_pass, progress, triangle_guidance
 
 TOLERANCE = 1e-5
@@ -273,9 +273,7 @@ def phase1_checks(info: dict[str, Any], coef: dict[str, Any], io: Tensors) -> It
     """One sequence on its own is a matrix of one row, or of one column."""
     T, frame = info["T"], info["net"] == "svd"
     guide = {f"{'frame' if frame else 'view'}_guidance_{k}": info["guider"][k] for k in ("min", "max")}
-    config = SamplerConfig(
-        steps=info["steps"], vrs="off", scale=1.0, svd_only_from=-1.0 if frame else None, **guide
-    )
+    config = alone(SamplerConfig(steps=info["steps"], **guide), "frame" if frame else "view")
     worked_out = plan(config, orbit(1 if frame else T), T if frame else 1)
     model = lines(coef[info["net"]], io, "c_", "rows" if frame else "columns", 1)
     models = (None, model) if frame else (model, None)

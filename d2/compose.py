@@ -13,6 +13,8 @@ from torch import Tensor
 
 from d2.denoiser import Estimate
 
+V_CELLS = slice(None), None, None, None, None  # [V] and [F], indexed so, stand for [V, F, C, h, w]
+F_CELLS = None, slice(None), None, None, None
 Unconditional = Literal["default", "sv3d", "svd", "mean"]
 
 
@@ -58,9 +60,10 @@ def compose(
     view, frame = _share_unconditional(view, frame, unconditional)
     parts = []
     if view is not None and weights.view.any():
-        parts.append(_cells(weights.view) * view.guided(_cells(view_guidance)))
+        parts.append(weights.view[V_CELLS].to(view.cond) * view.guided(view_guidance[V_CELLS].to(view.cond)))
     if frame is not None and weights.frame.any():
-        parts.append(_cells(weights.frame) * frame.guided(frame_guidance[None, :, None, None, None]))
+        guided = frame.guided(frame_guidance[F_CELLS].to(frame.cond))
+        parts.append(weights.frame[V_CELLS].to(guided) * guided)
     return parts[0] + parts[1] if len(parts) == 2 else parts[0]
 
 
@@ -72,9 +75,3 @@ def _share_unconditional(
     mean = (view.uncond + frame.uncond) / 2
     lent = {"sv3d": view.uncond, "svd": frame.uncond, "mean": mean}[unconditional]
     return Estimate(lent, view.cond), Estimate(lent, frame.cond)
-
-
-def _cells(
-    per_view: Tensor,  # [V]
-) -> Tensor:  # [V, 1, 1, 1, 1]
-    return per_view[:, None, None, None, None]

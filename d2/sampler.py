@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -11,13 +12,17 @@ from torch import Tensor
 from d2.compose import Unconditional, Weights, compose, needed, weights
 from d2.config import config, option
 from d2.denoiser import Estimate
-from d2.noise import freeinit_noise
+from d2.errors import InputError, NumericalError
+from d2.models.blocks import Blend
+from d2.noise import freeinit_noise, starting_point
 from d2.schedule import (
     Composition,
+    Filter,
     composition_scale,
     edm_sigmas,
     frame_share,
     linear_guidance,
+    low_pass,
     progress,
     triangle_guidance,
     warmed_up,
@@ -57,6 +62,23 @@ class SamplerConfig:
     view_guidance_max: float = option(2.5, "guidance at the view opposite", ge=0, le=100)
     frame_guidance_min: float = option(1.5, "guidance of the first frame", ge=0, le=100)
     frame_guidance_max: float = option(3.0, "guidance of the last frame", ge=0, le=100)
+    anchor_frame: int = option(0, "input frame that the views are sampled from; -1 is the last one")
+    noise_from_mv: bool = option(False, "start around the reference views' latents instead of around 0")
+    conv_blend: float | None = option(
+        None, "weight of its own frame in the view model's attention; the rest is its neighbours'", ge=0, le=1
+    )
+    conv_blend_padding: Literal["replicate", "reference"] = option(
+        "replicate",
+        "what stands beside the first and the last frame: themselves, or zeros as in the reference",
+    )
+    freeinit_references: int = option(1, "how often the references are sampled (FreeInit)", ge=1, le=10)
+    freeinit_matrix: int = option(1, "how often the matrix is sampled (FreeInit)", ge=1, le=10)
+    freeinit_filter: Filter = option(
+        "butterworth", "which low frequencies are kept from one time to the next"
+    )
+    freeinit_order: int = option(4, "order of the Butterworth filter", ge=1, le=20)
+    freeinit_stop_space: float = option(0.25, "stop frequency over height and width, 1 = Nyquist", ge=0, le=1)
+    freeinit_stop_time: float = option(0.25, "stop frequency over views and frames", ge=0, le=1)
 
 
 class Plan(NamedTuple):
@@ -82,6 +104,26 @@ class Plan(NamedTuple):
         """How often a step is taken."""
         return 2 if self.config.vrs != "off" and step < self.config.vrs_steps else 1
 
+    def start(
+        self,
+        noise: Tensor,  # [V, F, C, h, w], N(0, 1)
+        latents: Tensor,  # [V, C, h, w], sampled latents of the reference views
+    ) -> State:
+        """Noise at the first level, around the reference views where `noise_from_mv` asks for it."""
+        around = latents[:, None] if self.config.noise_from_mv else None
+        return State(starting_point(noise, self.sigmas[0].item(), around))
+
+    def low_pass(
+        self,
+        h: int,  # of a latent
+        w: int,
+    ) -> Tensor:  # [V, F, h, w]
+        """The filter of FreeInit over the matrix; one row or column is filtered as the sequence it is."""
+        c, V, F = self.config, len(self.share), len(self.frame_guidance)
+        shape = [n for n in (V, F) if n > 1] + [h, w]
+        stops = c.freeinit_stop_space, c.freeinit_stop_time
+        return low_pass(shape, c.freeinit_filter, c.freeinit_order, *stops).view(V, F, h, w)
+
 
 class State(NamedTuple):
     """Where the loop stands; with the noise a function of the step it is all that resuming needs."""
@@ -97,15 +139,38 @@ def plan(
     azimuth: Tensor,  # [V] rad, 0 at the input view
     F: int,
 ) -> Plan:
-    """Works out the schedules for V views and F frames."""
+    """Works out the schedules for V views and F frames; raises InputError for levels that do not fall."""
     c = config
+    if c.sigma_min >= c.sigma_max:
+        raise InputError(f"sigma_min {c.sigma_min} must be less than sigma_max {c.sigma_max}")
     return Plan(
         c,
         edm_sigmas(c.steps, c.sigma_min, c.sigma_max, c.rho),
-        frame_share(azimuth.float()),
+        frame_share(azimuth.double()).float(),
         triangle_guidance(c.view_guidance_min, c.view_guidance_max, len(azimuth)),
         linear_guidance(c.frame_guidance_min, c.frame_guidance_max, F),
     )
+
+
+def alone(config: SamplerConfig, model: Literal["view", "frame"]) -> SamplerConfig:
+    """The same settings for one model without the other and without renoising: phase 1, and the ablation."""
+    only = {"scale": 1.0, "svd_only_from": None if model == "view" else -1.0}
+    return replace(config, composition="constant", uc_type="default", vrs="off", svd_cfg_warmup=False, **only)
+
+
+def blend(config: SamplerConfig) -> Blend | None:
+    """How the view model's columns look at each other in phase 2."""
+    return None if config.conv_blend is None else Blend(config.conv_blend, 2, config.conv_blend_padding)
+
+
+def anchor(config: SamplerConfig, F: int) -> int:
+    """Which of F input frames the views are sampled from, and in which column they therefore stand.
+
+    Raises InputError when there is no such frame.
+    """
+    if not -F <= config.anchor_frame < F:
+        raise InputError(f"anchor_frame {config.anchor_frame}: expected {-F} to {F - 1} for {F} frames")
+    return config.anchor_frame % F
 
 
 def sample_matrix(
@@ -116,15 +181,18 @@ def sample_matrix(
     noise: Noise,  # for putting noise back after a step
     callback: Callable[[State], None] = lambda state: None,
 ) -> Tensor:  # [V, F, C, h, w]
-    """Runs the loop to the end; `callback` sees every state, and may raise to stop."""
+    """Runs the loop to the end; `callback` sees every state, and may raise to stop.
+
+    Raises NumericalError, naming step, model and cell, when an estimate is not finite.
+    """
 
     def denoise(x: Tensor, step: int) -> Tensor:
         weights = plan.weights(step)
         use_views, use_frames = needed(weights, plan.config.uc_type)
         sigma = float(plan.sigmas[step])
         return compose(
-            views(x, sigma) if views and use_views else None,
-            frames(x, sigma) if frames and use_frames else None,
+            finite(views(x, sigma), "view", step) if views and use_views else None,
+            finite(frames(x, sigma), "frame", step) if frames and use_frames else None,
             weights,
             plan.view_guidance,
             plan.frame_guidance_at(step),
@@ -157,6 +225,17 @@ def advance(
     std = sigma - after if plan.config.vrs == "reference" else (sigma**2 - after**2) ** 0.5
     # What was remembered belongs to the path that has just been left.
     return State(x + std * noise(step).to(x), step, state.again + 1, None)
+
+
+def finite(estimate: Estimate, model: str, step: int) -> Estimate:
+    """The estimate as it is; raises NumericalError where it holds NaN or infinity."""
+    for part in estimate:
+        if not part.isfinite().all():
+            v, f = (int(i) for i in part.isfinite().flatten(2).all(2).logical_not().nonzero()[0])
+            raise NumericalError(
+                f"the {model} model's estimate of view {v}, frame {f} is not finite in step {step}"
+            )
+    return estimate
 
 
 def refine(

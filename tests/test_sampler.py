@@ -13,10 +13,11 @@ import torch
 
 from d2.config import load
 from d2.denoiser import AnalyticDenoiser, Estimate, Lines
-from d2.errors import InputError
+from d2.errors import InputError, NumericalError
+from d2.models.blocks import Blend
 from d2.models.conditioner import Conditioning
 from d2.noise import freeinit_noise, matrix_noise, starting_point
-from d2.sampler import SamplerConfig, State, plan, refine, sample_matrix
+from d2.sampler import SamplerConfig, State, alone, anchor, blend, plan, refine, sample_matrix
 from d2.schedule import low_pass
 
 V, F = 4, 3
@@ -185,10 +186,10 @@ def test_a_model_whose_weight_is_zero_is_not_evaluated():
 
 
 def test_view_only_and_frame_only_need_no_other_model():
-    x = run(SamplerConfig(steps=5, scale=1.0), Constant(0.5), None)
-    torch.testing.assert_close(x, torch.full_like(x, 0.5))
-    x = run(SamplerConfig(steps=5, svd_only_from=-1.0), None, Constant(0.5))
-    torch.testing.assert_close(x, torch.full_like(x, 0.5))
+    config = SamplerConfig(steps=5, uc_type="mean", svd_cfg_warmup=True, composition="cosine")
+    for model, pair in (("view", (Constant(0.5), None)), ("frame", (None, Constant(0.5)))):
+        x = run(alone(config, model), *pair)
+        torch.testing.assert_close(x, torch.full_like(x, 0.5))
 
 
 def test_composition_weighs_front_and_side_views_differently():
@@ -300,6 +301,63 @@ def test_refining_starts_anew_from_the_last_result_with_fresh_high_frequencies()
 def test_values_out_of_range_are_refused_by_name(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         load(SamplerConfig, fields)
+
+
+def test_noise_levels_that_do_not_fall_are_refused():
+    with pytest.raises(InputError, match="sigma_min"):
+        plan(SamplerConfig(sigma_min=80.0, sigma_max=1.0), torch.zeros(V), F)
+
+
+@pytest.mark.parametrize(("model", "which"), [("view", 0), ("frame", 1)])
+def test_an_estimate_that_is_not_finite_names_step_model_and_cell(model, which):
+    class Broken(Constant):
+        def __call__(self, x, sigma):
+            estimate = super().__call__(x, sigma)
+            if self.calls == 4:
+                estimate.cond[2, 1, 0, 1, 1] = float("nan")
+            return estimate
+
+    pair = [Constant(), Constant()]
+    pair[which] = Broken()
+    states = []
+    with pytest.raises(NumericalError, match=f"the {model} model's estimate of view 2, frame 1 .* step 3"):
+        run(SamplerConfig(steps=9, vrs="off"), *pair, callback=states.append)
+    assert states[-1].step == 3
+    assert states[-1].x.isfinite().all()
+
+
+def test_the_start_is_around_the_reference_views_only_where_asked():
+    noise, latents = torch.randn(V, F, 4, 2, 2), torch.randn(V, 4, 2, 2)
+    plain, around = (plan(SamplerConfig(noise_from_mv=on), torch.zeros(V), F) for on in (False, True))
+    torch.testing.assert_close(plain.start(noise, latents).x, noise * (1 + 700**2) ** 0.5)
+    torch.testing.assert_close(around.start(noise, latents).x, latents[:, None] + 700 * noise)
+
+
+def test_freeinit_filters_a_single_row_or_column_as_the_sequence_it_is():
+    for views, frames_, sequence in ((1, 6, 1), (6, 1, 0)):
+        mask = plan(SamplerConfig(), torch.zeros(views), frames_).low_pass(4, 8)
+        assert mask.shape == (views, frames_, 4, 8)
+        assert torch.equal(mask.squeeze(1 - sequence), low_pass((6, 4, 8)))
+        sample, noise, fresh = torch.randn(3, views, frames_, 2, 4, 8)
+        as_sequence = (t.squeeze(1 - sequence) for t in (sample, noise, fresh))
+        ours = freeinit_noise(sample, noise, fresh, 700.0, mask).squeeze(1 - sequence)
+        slow = freeinit_noise(*as_sequence, 700.0, low_pass((6, 4, 8)))
+        torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_views_are_sampled_from_the_first_frame_unless_another_is_asked_for():
+    assert anchor(SamplerConfig(), 25) == 0
+    assert anchor(SamplerConfig(anchor_frame=-1), 25) == 24
+    assert anchor(SamplerConfig(anchor_frame=7), 25) == 7
+    for frame in (25, -26):
+        with pytest.raises(InputError, match="anchor_frame"):
+            anchor(SamplerConfig(anchor_frame=frame), 25)
+
+
+def test_columns_look_at_each_other_only_where_asked():
+    assert blend(SamplerConfig()) is None
+    assert blend(SamplerConfig(conv_blend=0.6)) == Blend(0.6, sets=2, padding="replicate")
+    assert blend(SamplerConfig(conv_blend=0.6, conv_blend_padding="reference")) == Blend(0.6, 2, "reference")
 
 
 def test_the_loop_fits_on_a_page():

@@ -163,7 +163,7 @@ def _differences(found: dict[str, tuple[int, ...]], spec: ModelSpec) -> list[str
     if any(name in found for name in leftovers(spec)):
         wanted = wanted | leftovers(spec)
     missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted]
+    unknown = [quoted(name[:200]) for name in found if name not in wanted]
     reshaped = [
         f"{name} (expected {list(wanted[name])}, got {list(found[name])})"
         for name in wanted
@@ -209,13 +209,15 @@ def read_header(path: str | Path) -> dict[str, Entry]:
 
 def _entry(name: str, value: dict, offset: int) -> Entry:
     if value["dtype"] not in DTYPES:
-        raise ValueError(f"{name[:200]} has dtype {str(value['dtype'])[:20]}; expected {', '.join(DTYPES)}")
+        raise ValueError(
+            f"{quoted(name[:200])} has dtype {str(value['dtype'])[:20]}; expected {', '.join(DTYPES)}"
+        )
     shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"{name[:200]}: a shape or an offset is not a whole number")
+        raise ValueError(f"{quoted(name[:200])}: a shape or an offset is not a whole number")
     dtype = DTYPES[value["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name[:200]} of shape {list(shape)[:5]} spans {end - start} bytes")
+        raise ValueError(f"{quoted(name[:200])} of shape {list(shape)[:5]} spans {end - start} bytes")
     return Entry(dtype, shape, offset + start, offset + end)
 
 

@@ -166,3 +166,15 @@ def test_the_unet_takes_any_number_of_pictures_and_any_even_size(unet_config, T)
     out = unet(x, torch.zeros(T), tokens, torch.randn(T, unet_config.adm_in_channels), T)
     assert out.shape == (T, 4, 6, 4)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_single(unet_config, dtype):
+    unet = VideoUNet(unet_config).eval().requires_grad_(False)
+    x, c_noise, context, vector = inputs(unet_config)
+    single = unet(x, c_noise, unet.project_context(context, 3), vector, 3)
+    half = unet.to(dtype)
+    x, context, vector = (t.to(dtype) for t in (x, context, vector))
+    ours = half(x, c_noise, half.project_context(context, 3), vector, 3)
+    assert ours.dtype == dtype
+    assert (ours.float() - single).abs().max() < 0.05 * single.abs().max()
