@@ -143,11 +143,9 @@ class Lines:
         chunks = [slice(i, i + self.in_flight) for i in range(0, len(lines), self.in_flight)]
         pairs = [self.denoise(lines[chunk], sigma, chunk) for chunk in chunks]
         uncond, cond = (torch.cat(part) for part in zip(*pairs, strict=True))
-        return (
-            Estimate(uncond, cond)
-            if self.axis == "rows"
-            else Estimate(uncond.transpose(0, 1), cond.transpose(0, 1))
-        )
+        if self.axis == "columns":
+            return Estimate(uncond.transpose(0, 1), cond.transpose(0, 1))
+        return Estimate(uncond, cond)
 
     def denoise(
         self,

@@ -25,8 +25,8 @@ def unet():
 
 def condition(T, seed=0, B=1):
     g = torch.Generator().manual_seed(seed)
-    shapes = (B, T, 12), (B, T, 4, 4, 4), (B, T, 20)
-    return Conditioning(*(torch.randn(shape, generator=g) for shape in shapes))
+    crossattn, concat = torch.randn(B, T, 12, generator=g), torch.randn(B, T, 4, 4, 4, generator=g)
+    return Conditioning(crossattn, concat, torch.randn(B, T, 20, generator=g))
 
 
 class Spy:

@@ -43,7 +43,8 @@ def test_noise_is_the_same_in_another_process():
 )
 def test_noise_differs_with_seed_stream_step_and_cell(other):
     first = cell_noise(23, "a", 0, (1, 2), (4, 16, 16))
-    second = cell_noise(*other, (4, 16, 16))
+    seed, stream, step, cell = other
+    second = cell_noise(seed, stream, step, cell, (4, 16, 16))
     correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
     assert abs(correlation) < 0.15
 

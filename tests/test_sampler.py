@@ -178,18 +178,19 @@ def test_the_reference_evaluates_each_model_sixty_times_in_fifty_steps():
 
 def test_a_model_whose_weight_is_zero_is_not_evaluated():
     views, frames = Constant(), Constant()
-    run(SamplerConfig(steps=10, vrs="off", svd_only_from=0.5), views, frames)
-    assert (views.calls, frames.calls) == (5, 10)  # q = i/9 is more than a half from i = 5
+    run(SamplerConfig(steps=11, vrs="off", svd_only_from=0.5), views, frames)
+    assert (views.calls, frames.calls) == (6, 11)  # q = i/10 is more than a half from i = 6
     views, frames = Constant(), Constant()
     run(SamplerConfig(steps=10, vrs="off", composition="linear"), views, frames)
     assert (views.calls, frames.calls) == (10, 9)  # the first step is the view model's alone
 
 
-def test_view_only_and_frame_only_need_no_other_model():
+@pytest.mark.parametrize("model", ["view", "frame"])
+def test_view_only_and_frame_only_need_no_other_model(model):
     config = SamplerConfig(steps=5, uc_type="mean", svd_cfg_warmup=True, composition="cosine")
-    for model, pair in (("view", (Constant(0.5), None)), ("frame", (None, Constant(0.5)))):
-        x = run(alone(config, model), *pair)
-        torch.testing.assert_close(x, torch.full_like(x, 0.5))
+    pair = (Constant(0.5), None) if model == "view" else (None, Constant(0.5))
+    x = run(alone(config, model), *pair)
+    torch.testing.assert_close(x, torch.full_like(x, 0.5))
 
 
 def test_composition_weighs_front_and_side_views_differently():
@@ -256,12 +257,13 @@ def test_the_frame_models_guidance_warms_up_where_asked():
     assert plain.frame_guidance_at(0).tolist() == [1.5, 2.25, 3.0]
 
 
-def test_every_schedule_is_reached_through_the_configuration():
-    azimuth = torch.tensor([0.0])
-    for kind, first, last in (("constant", 0.4, 0.4), ("linear", 0.0, 1.0), ("cosine", 0.0, 1.0)):
-        worked_out = plan(SamplerConfig(composition=kind), azimuth, 1)
-        assert worked_out.weights(0).frame.item() == pytest.approx(first)
-        assert worked_out.weights(49).frame.item() == pytest.approx(last)
+@pytest.mark.parametrize(
+    ("kind", "first", "last"), [("constant", 0.4, 0.4), ("linear", 0.0, 1.0), ("cosine", 0.0, 1.0)]
+)
+def test_every_schedule_is_reached_through_the_configuration(kind, first, last):
+    worked_out = plan(SamplerConfig(composition=kind), torch.tensor([0.0]), 1)
+    assert worked_out.weights(0).frame.item() == pytest.approx(first)
+    assert worked_out.weights(49).frame.item() == pytest.approx(last)
 
 
 def test_refining_starts_anew_from_the_last_result_with_fresh_high_frequencies():
@@ -339,9 +341,9 @@ def test_freeinit_filters_a_single_row_or_column_as_the_sequence_it_is():
         assert mask.shape == (views, frames_, 4, 8)
         assert torch.equal(mask.squeeze(1 - sequence), low_pass((6, 4, 8)))
         sample, noise, fresh = torch.randn(3, views, frames_, 2, 4, 8)
-        as_sequence = (t.squeeze(1 - sequence) for t in (sample, noise, fresh))
+        a, b, c = (t.squeeze(1 - sequence) for t in (sample, noise, fresh))
         ours = freeinit_noise(sample, noise, fresh, 700.0, mask).squeeze(1 - sequence)
-        slow = freeinit_noise(*as_sequence, 700.0, low_pass((6, 4, 8)))
+        slow = freeinit_noise(a, b, c, 700.0, low_pass((6, 4, 8)))
         torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
 
 

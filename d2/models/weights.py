@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from d2.models.vae import FirstStage, KLAutoencoder, VAEConfig
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEADER_CAP = 8 * MB  # the official headers have 0.3 MB
-PREFIX = {
+MAX_AXES = 8
+Part = Literal["unet", "conditioner", "first_stage"]
+PREFIX: dict[Part, str] = {
     "unet": "model.diffusion_model.",
     "conditioner": "conditioner.",
     "first_stage": "first_stage_model.",
@@ -79,7 +82,7 @@ def find(spec: ModelSpec, folder: str | Path | None = None) -> Path:
 def load(
     path: str | Path,
     spec: ModelSpec,
-    part: str,  # unet, conditioner or first_stage
+    part: Part,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
@@ -121,7 +124,7 @@ def check(path: str | Path, spec: ModelSpec) -> dict[str, Entry]:
     return header
 
 
-def build(spec: ModelSpec, part: str) -> nn.Module:
+def build(spec: ModelSpec, part: Part) -> nn.Module:
     """One network of a checkpoint, its parameters unset, on the current default device."""
     if part == "unet":
         return VideoUNet(spec.unet)
@@ -213,11 +216,11 @@ def _entry(name: str, value: dict, offset: int) -> Entry:
             f"{quoted(name[:200])} has dtype {str(value['dtype'])[:20]}; expected {', '.join(DTYPES)}"
         )
     shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"{quoted(name[:200])}: a shape or an offset is not a whole number")
+    if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"{quoted(name[:200])}: its shape or its place in the file makes no sense")
     dtype = DTYPES[value["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{quoted(name[:200])} of shape {list(shape)[:5]} spans {end - start} bytes")
+        raise ValueError(f"{quoted(name[:200])} of shape {list(shape)} spans {end - start} bytes")
     return Entry(dtype, shape, offset + start, offset + end)
 
 
@@ -239,7 +242,7 @@ def _guess(start: bytes) -> str:
         return "is a Git LFS pointer, not the file it stands for (git lfs pull fetches that)"
     if start.startswith((b"PK\3\4", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
         return "is a pickled PyTorch file, which is never opened because it can run code"
-    if start.lstrip().startswith(b"<"):
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         return "is an HTML page, perhaps a login or error page saved instead of the download"
     return "is not a safetensors file, or is truncated"
 
@@ -253,11 +256,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _read(file: FileIO, entry: Entry, path: str | Path) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     view = tensor.reshape(-1).view(torch.uint8).numpy().data
-    file.seek(entry.start)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise SetupError(f"{quoted(path)} ended while it was read")
-        done += count
+    try:
+        file.seek(entry.start)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise SetupError(f"{quoted(path)} ended while it was read")
+            done += count
+    except OSError as error:
+        raise SetupError(f"cannot read {quoted(path)}: {(error.strerror or str(error)).lower()}") from error
     return tensor

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from d2.models.clip import MEAN, STD, OpenCLIP, SelfAttention, blur, preprocess
+from d2.models.clip import MEAN, STD, OpenCLIP, Perceptron, SelfAttention, blur, preprocess
 
 
 def test_self_attention_equals_its_twin_in_torch():
@@ -12,6 +12,13 @@ def test_self_attention_equals_its_twin_in_torch():
     twin.load_state_dict(ours.state_dict())
     x = torch.randn(2, 7, 32)
     torch.testing.assert_close(ours(x), twin(x, x, x)[0])
+
+
+def test_the_perceptron_has_the_exact_gelu():
+    perceptron, x = Perceptron(4, 8), torch.randn(5, 4)
+    h = perceptron.c_fc(x)
+    exact = perceptron.c_proj(h * 0.5 * (1 + torch.erf(h / 2**0.5)))
+    torch.testing.assert_close(perceptron(x), exact, rtol=0, atol=1e-6)
 
 
 def test_preprocessing_keeps_the_corners_and_normalises():

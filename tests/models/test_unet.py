@@ -1,9 +1,20 @@
+from typing import cast
+
 import pytest
 import torch
 from einops import rearrange
 from torch import nn
 
-from d2.models.blocks import Attention, Blend, Mix, ResBlock, TemporalBlock, TransformerBlock, VideoResBlock
+from d2.models.blocks import (
+    GEGLU,
+    Attention,
+    Blend,
+    Mix,
+    ResBlock,
+    TemporalBlock,
+    TransformerBlock,
+    VideoResBlock,
+)
 from d2.models.unet import VideoTransformer, VideoUNet
 
 
@@ -50,12 +61,24 @@ def test_a_temporal_block_equals_its_slow_twin_with_full_cross_attention():
 
 
 def test_temporal_blocks_take_the_token_of_the_first_picture(unet_config):
-    transformer = randomised(VideoTransformer(32, unet_config))
-    unet_tokens = torch.randn(6, 1, unet_config.context_dim)
-    ((spatial, temporal),) = transformer.project_context(unet_tokens, unet_tokens[::3])
-    block = transformer.time_stack[0]
-    torch.testing.assert_close(temporal, block.attn2.to_one_token(unet_tokens[[0, 3]]))
-    assert spatial.shape == (6, 1, 32)
+    unet = randomised(VideoUNet(unet_config))
+    context = torch.randn(6, unet_config.context_dim)  # two clips of three
+    transformers = [m for m in unet.modules() if isinstance(m, VideoTransformer)]
+    for transformer, ((spatial, temporal),) in zip(
+        transformers, unet.project_context(context, 3), strict=True
+    ):
+        here = cast(TransformerBlock, transformer.transformer_blocks[0]).attn2
+        along = cast(TemporalBlock, transformer.time_stack[0]).attn2
+        torch.testing.assert_close(spatial[:, 0], here.to_one_token(context))
+        torch.testing.assert_close(temporal[:, 0], along.to_one_token(context[[0, 3]]))
+
+
+def test_the_gate_of_the_feed_forward_is_the_exact_gelu():
+    gate = GEGLU(4, 8)
+    x = torch.randn(5, 4)
+    value, g = gate.proj(x).chunk(2, -1)
+    exact = value * g * 0.5 * (1 + torch.erf(g / 2**0.5))
+    torch.testing.assert_close(gate(x), exact, rtol=0, atol=1e-6)
 
 
 def test_the_unet_projects_context_in_the_order_it_uses_it(unet_config):

@@ -31,8 +31,8 @@ def test_group_norms_of_the_autoencoder_have_the_eps_of_the_reference(vae_config
 
 def test_downsampling_pads_at_the_right_and_at_the_bottom():
     down = frozen(Downsample(1))
-    nn.init.zeros_(down.conv.weight)
-    nn.init.zeros_(down.conv.bias)
+    for parameter in down.parameters():
+        nn.init.zeros_(parameter)
     down.conv.weight[0, 0, 0, 0] = 1  # the top left of the kernel
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(down(x), x[..., ::2, ::2])

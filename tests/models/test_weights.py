@@ -208,6 +208,7 @@ def test_nonsense_in_the_header_is_refused_before_anything_is_allocated(path, sp
         lambda h: h[name].update(shape=[True, 4]),
         lambda h: h[name].update(data_offsets=[0, 16]),
         lambda h: h[name].update(data_offsets=[0]),
+        lambda h: h[name].update(shape=[1 << 62] * 100_000),
         lambda h: h[name].update(dtype=["F32"]),
         lambda h: h.update({name: 3}),
     ]
