@@ -40,14 +40,14 @@ class SamplerConfig:
     steps: int = option(50, "noise levels", ge=1, le=1000)
     method: Method = option("euler", "how a step is taken: euler (1st order), heun or dpmpp2m (2nd order)")
     sigma_min: float = option(0.002, "last noise level before 0", gt=0)
-    sigma_max: float = option(700.0, "first noise level", gt=0)
-    rho: float = option(7.0, "how much the levels crowd towards 0", gt=0)
+    sigma_max: float = option(700.0, "first noise level", gt=0, le=1e5)
+    rho: float = option(7.0, "how much the levels crowd towards 0", ge=1, le=100)
     vrs: Literal["reference", "exact", "off"] = option(
         "reference",
         "noise put back after an early step, which is then taken again: as the reference does, "
         "with the exact variance, or none",
     )
-    vrs_steps: int = option(10, "steps that are taken twice", ge=0)
+    vrs_steps: int = option(10, "how many steps, from the first, are taken twice", ge=0, le=1000)
     composition: Composition = option("constant", "how the view model's weight runs over the steps")
     scale: float = option(0.6, "weight of a constant schedule; midpoint of a logistic one", ge=0, le=1)
     scale_min: float = option(0.0, "weight at the end of a falling schedule", ge=0, le=1)

@@ -69,7 +69,8 @@ def composition_scale(
         return high + q * (low - high)
     if kind == "cosine":
         return low + (math.cos(math.pi * q) + 1) / 2 * (high - low)
-    return low + (1 - 1 / (1 + math.exp(-k * (q - scale)))) * (high - low)
+    falling = (1 - math.tanh(k * (q - scale) / 2)) / 2  # = 1 - 1/(1 + e^(-k(q - scale))), never overflows
+    return low + falling * (high - low)
 
 
 def frame_share(

@@ -64,6 +64,7 @@ def test_a_falling_schedule_starts_at_its_maximum_and_ends_at_its_minimum(kind):
 def test_a_constant_schedule_is_its_scale_and_a_logistic_one_is_halfway_there():
     assert composition_scale("constant", 0.3, scale=0.6) == 0.6
     assert composition_scale("logistic", 0.6, scale=0.6) == pytest.approx(0.5)
+    assert composition_scale("logistic", 0.0, scale=1.0, k=1000) == 1
     assert composition_scale("logistic", 0.0, scale=0.6, k=15) == pytest.approx(1 - 1 / (1 + math.exp(9)))
 
 
