@@ -231,25 +231,26 @@ from d2.models.unet import UNetConfig
 from d2.models.weights import SVD, check, load, layout, leftovers
 from dataclasses import replace
 
-spec = replace(SVD, name="mid", unet=UNetConfig(model_channels=128, channel_mult=(1, 2, 4)))
+spec = replace(SVD, name="mid", unet=UNetConfig(model_channels=64, channel_mult=(1, 2, 4)))
 layout(spec), leftovers(spec)
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB
 
+before = peak()
+unet = load(Path(sys.argv[1]) / "mid.safetensors", spec, "unet", torch.bfloat16)
+wanted = sum(p.numel() * p.element_size() for p in unet.parameters()) / 2**20
+print("good", peak() - before, wanted)
 for path in sorted(Path(sys.argv[1]).glob("bad*")):
     before, start = peak(), time.process_time()
     try:
         check(path, spec)
     except SetupError as error:
         print("bad", peak() - before, time.process_time() - start)
-before = peak()
-unet = load(Path(sys.argv[1]) / "mid.safetensors", spec, "unet", torch.bfloat16)
-wanted = sum(p.numel() * p.element_size() for p in unet.parameters()) / 2**20
-print("good", peak() - before, wanted)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_bad_headers_cost_little_and_loading_needs_the_model_and_one_tensor(tmp_path, sparse):
     def write(name, text):
         (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 64)
@@ -259,19 +260,19 @@ def test_bad_headers_cost_little_and_loading_needs_the_model_and_one_tensor(tmp_
     write("bad2", b'{"a":{"dtype":"F32","shape":[' + b"9" * (1 << 20) + b'],"data_offsets":[0,4]}}')
     many = [f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000)]
     write("bad3", f"{{{','.join(many)}}}".encode())
-    spec = replace(SVD, name="mid", unet=UNetConfig(model_channels=128, channel_mult=(1, 2, 4)))
+    spec = replace(SVD, name="mid", unet=UNetConfig(model_channels=64, channel_mult=(1, 2, 4)))
     sparse(tmp_path / "mid.safetensors", spec, "F32")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    *bad, good = (line.split() for line in done.stdout.splitlines())
+    good, *bad = (line.split() for line in done.stdout.splitlines())
     assert len(bad) == 4
     for _, megabytes, seconds in bad:
         assert float(megabytes) < 256
         assert float(seconds) < 5
     _, grown, wanted = good
-    assert float(wanted) > 100
-    assert float(grown) < float(wanted) + 60  # a float32 copy of the whole would be twice that
+    assert float(wanted) > 90
+    assert float(grown) < float(wanted) + 50  # a float32 copy of the whole would be twice that
 
 
 def test_the_same_name_twice_is_refused(path, spec):
