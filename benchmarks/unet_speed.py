@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict:
     best = min(seconds)
     return {
         "model": args.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": args.dtype,

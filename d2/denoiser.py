@@ -56,7 +56,9 @@ class Estimate(NamedTuple):
         return self.uncond + scale * (self.cond - self.uncond)
 
 
-def scalings(sigma: Tensor) -> Scalings:
+def scalings(
+    sigma: Tensor,  # any shape, > 0
+) -> Scalings:
     """SVD's preconditioning: v-prediction (sigma_data = 1) with EDM's c_noise (Karras et al. 2022)."""
     square = sigma**2 + 1
     return Scalings(1 / square, -sigma / square.sqrt(), 1 / square.sqrt(), 0.25 * sigma.log())
@@ -71,7 +73,12 @@ class UNetDenoiser:
         self.dtype = next(unet.parameters()).dtype
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: Tensor,  # [B]
+        cond: Conditioning,
+    ) -> Tensor:  # like x
         T = x.shape[1]
         c_skip, c_out, c_in, c_noise = scalings(sigma.repeat_interleave(T)[:, None, None, None])
         tokens = cond.tokens or self.prepare(cond).tokens
@@ -102,7 +109,12 @@ class AnalyticDenoiser:
     ) -> None:
         self.variance, self.basis = torch.linalg.eigh(covariance)
 
-    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: Tensor,  # [B]
+        cond: Conditioning,
+    ) -> Tensor:  # like x
         shrink = self.variance / (self.variance + sigma[:, None] ** 2)  # [B, T]
         gain = torch.einsum("ik, bk, jk -> bij", self.basis, shrink, self.basis)
         return cond.concat + torch.einsum("bij, bjchw -> bichw", gain, x - cond.concat)

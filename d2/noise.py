@@ -43,8 +43,7 @@ def matrix_noise(
 def starting_point(
     noise: Tensor,  # [..., C, h, w] N(0, 1)
     sigma: float,  # the first noise level
-    latent: Tensor
-    | None = None,  # broadcastable to noise: the reference it starts from, scaled as sampled latents
+    latent: Tensor | None = None,  # broadcastable to noise: a reference's latent, as sampled
 ) -> Tensor:  # [..., C, h, w]
     """x at the first noise level: noise·sqrt(1+sigma²), or latent + sigma·noise where there is a latent.
 

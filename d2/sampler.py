@@ -256,7 +256,7 @@ def refine(
     return result
 
 
-# A step is (x, step, sigmas, denoise, previous) -> (x at the next level, what the next step remembers).
+# A step takes x and `previous`, both [V, F, C, h, w], and returns x at the next level and the next `previous`.
 Step = tuple[Tensor, Tensor | None]
 Estimator = Callable[[Tensor, int], Tensor]
 

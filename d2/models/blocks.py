@@ -36,7 +36,11 @@ class Mix(nn.Module):
         super().__init__()
         self.mix_factor = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, spatial: Tensor, temporal: Tensor) -> Tensor:
+    def forward(
+        self,
+        spatial: Tensor,  # any shape
+        temporal: Tensor,  # like spatial
+    ) -> Tensor:  # like spatial
         return torch.lerp(temporal, spatial, torch.sigmoid(self.mix_factor))
 
 
@@ -134,7 +138,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [..., dim]
+    ) -> Tensor:  # like x
         return self.net(x)
 
 
@@ -145,7 +152,10 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [..., dim]
+    ) -> Tensor:  # [..., inner]
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -231,5 +241,8 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, 2h, 2w]
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

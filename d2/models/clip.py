@@ -77,7 +77,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.Sequential(*(Block(config) for _ in range(config.layers)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+    ) -> Tensor:  # like x
         return self.resblocks(x)
 
 
@@ -91,7 +94,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = Perceptron(config.width, int(config.width * config.mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+    ) -> Tensor:  # like x
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
@@ -104,7 +110,10 @@ class Perceptron(nn.Module):
         self.c_fc = nn.Linear(width, inner)
         self.c_proj = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+    ) -> Tensor:  # like x
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
@@ -118,7 +127,10 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, N, width]
+    ) -> Tensor:  # like x
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))

@@ -213,5 +213,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, h/2, w/2]
         return self.op(x)

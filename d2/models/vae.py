@@ -171,7 +171,11 @@ class VideoDecoder(Decoder):
     def block(channels: int, out_channels: int, config: VAEConfig) -> nn.Module:
         return VideoResnetBlock(channels, out_channels, config.video_kernel_size)
 
-    def forward(self, z: Tensor, T: int = 1) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,  # [B T, z, h, w], not scaled
+        T: int = 1,
+    ) -> Tensor:  # [B T, 3, H, W], about -1..1
         clips = rearrange(super().forward(z, T), "(b t) c h w -> b c t h w", t=T)
         return rearrange(self.get_submodule("conv_out.time_mix_conv")(clips), "b c t h w -> (b t) c h w")
 
@@ -189,7 +193,11 @@ class ResnetBlock(nn.Module):
             nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
         )
 
-    def forward(self, x: Tensor, T: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B T, C, h, w]
+        T: int,  # pictures in each clip
+    ) -> Tensor:  # [B T, out_channels, h, w]
         h = self.conv1(F.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -226,7 +234,11 @@ class Level(nn.Module):
         self.downsample = downsample
         self.upsample = upsample
 
-    def forward(self, x: Tensor, T: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B T, C, h, w]
+        T: int,  # pictures in each clip
+    ) -> Tensor:  # [B T, C', h', w'], at the next resolution
         for block in self.block:
             x = block(x, T)
         resample = self.downsample or self.upsample
@@ -242,7 +254,11 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels)
         self.block_2 = block_2
 
-    def forward(self, x: Tensor, T: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B T, C, h, w]
+        T: int,  # pictures in each clip
+    ) -> Tensor:  # like x
         return self.block_2(self.attn_1(self.block_1(x, T)), T)
 
 
@@ -254,7 +270,10 @@ class AttnBlock(nn.Module):
         self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # like x
         normed = self.norm(x)
         q, k, v = (rearrange(f(normed), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)
@@ -268,5 +287,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, h/2, w/2]
         return self.conv(F.pad(x, (0, 1, 0, 1)))
