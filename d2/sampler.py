@@ -158,9 +158,11 @@ def alone(config: SamplerConfig, model: Literal["view", "frame"]) -> SamplerConf
     return replace(config, composition="constant", uc_type="default", vrs="off", svd_cfg_warmup=False, **only)
 
 
-def blend(config: SamplerConfig) -> Blend | None:
-    """How the view model's columns look at each other in phase 2."""
-    return None if config.conv_blend is None else Blend(config.conv_blend, 2, config.conv_blend_padding)
+def blend(config: SamplerConfig, F: int) -> Blend | None:
+    """How the view model's F columns, all of them in flight, look at each other in phase 2."""
+    if config.conv_blend is None:
+        return None
+    return Blend(config.conv_blend, 2, config.conv_blend_padding, columns=F)
 
 
 def anchor(config: SamplerConfig, F: int) -> int:
@@ -256,7 +258,7 @@ def refine(
     return result
 
 
-# A step takes x and `previous`, both [V, F, C, h, w], and returns x at the next level and the next `previous`.
+# A step takes x and `previous`, both [V, F, C, h, w], and returns x at the next level and a new `previous`.
 Step = tuple[Tensor, Tensor | None]
 Estimator = Callable[[Tensor, int], Tensor]
 

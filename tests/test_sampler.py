@@ -357,9 +357,10 @@ def test_views_are_sampled_from_the_first_frame_unless_another_is_asked_for():
 
 
 def test_columns_look_at_each_other_only_where_asked():
-    assert blend(SamplerConfig()) is None
-    assert blend(SamplerConfig(conv_blend=0.6)) == Blend(0.6, sets=2, padding="replicate")
-    assert blend(SamplerConfig(conv_blend=0.6, conv_blend_padding="reference")) == Blend(0.6, 2, "reference")
+    assert blend(SamplerConfig(), 25) is None
+    assert blend(SamplerConfig(conv_blend=0.6), 25) == Blend(0.6, 2, "replicate", 25)
+    padded = SamplerConfig(conv_blend=0.5, conv_blend_padding="reference")
+    assert blend(padded, 3) == Blend(0.5, 2, "reference", 3)
 
 
 def test_the_loop_fits_on_a_page():

@@ -171,13 +171,15 @@ class Blend:
     weight: float = 0.6  # of the frame itself; each neighbour has (1-weight)/2
     sets: int = 2
     padding: Literal["replicate", "reference"] = "replicate"
+    columns: int | None = None  # in each set, where another number would be a mistake
 
     def __call__(
         self,
         x: Tensor,  # [sets columns T, ...]
         T: int,
     ) -> Tensor:  # like x
-        x = rearrange(x, "(u b t) ... -> u b t ...", u=self.sets, t=T)
+        columns = self.columns or len(x) // (self.sets * T)
+        x = rearrange(x, "(u b t) ... -> u b t ...", u=self.sets, b=columns, t=T)
         first, last = x[:, :1], x[:, -1:]
         if self.padding == "reference":
             first, last = torch.zeros_like(first), torch.zeros_like(last)

@@ -2,7 +2,7 @@ from typing import cast
 
 import pytest
 import torch
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,6 +156,13 @@ def test_blend_smooths_over_neighbouring_columns_of_the_same_view_and_set():
     columns = rearrange(x, "(u b v) s -> u b v s", u=2, b=4)
     torch.testing.assert_close(ours[:, 1], 0.6 * columns[:, 1] + 0.2 * (columns[:, 0] + columns[:, 2]))
     torch.testing.assert_close(ours[:, 0], 0.8 * columns[:, 0] + 0.2 * columns[:, 1])
+
+
+def test_blending_some_of_the_columns_only_is_refused():
+    blend = Blend(0.6, columns=4)
+    blend(torch.randn(2 * 4 * 3, 5), T=3)
+    with pytest.raises(EinopsError):
+        blend(torch.randn(2 * 2 * 3, 5), T=3)
 
 
 def test_reference_padding_of_blend_darkens_the_end_columns_by_a_fifth():
