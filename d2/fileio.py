@@ -99,6 +99,23 @@ def truncate(path: str | Path, size: int) -> None:
         os.truncate(path, size)
 
 
+def create_exclusive(path: str | Path, data: bytes) -> bool:
+    """Creates `path` with its whole content if nothing has that name; False when something has."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.link(name, path)  # atomic, and fails when the name is taken
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        os.unlink(name)
+
+
 def remove(path: str | Path) -> None:
     """Removes a file or a whole folder; absent is fine."""
     path = Path(path)
