@@ -84,7 +84,10 @@ def rasterize(
 
     batch = means.shape[:-2]
     C, N = viewmats.shape[-3], means.shape[-2]  # noqa: N806
-    screen = torch.zeros(*batch, C, N, 2, dtype=means.dtype, requires_grad=torch.is_grad_enabled())
+    learning = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (means, quats, scales, opacities, colors, viewmats, *(motion or ())[:3])
+    )
+    screen = torch.zeros(*batch, C, N, 2, dtype=means.dtype, requires_grad=learning)
     options = _Options(
         width, height, near_plane, far_plane, eps2d, rasterize_mode == "antialiased",
         sh_degree, render_mode, motion, chosen.name,
