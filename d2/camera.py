@@ -43,7 +43,7 @@ class Rig:
         return focal_length(self.fov, self.width)
 
     @property
-    def K(self) -> np.ndarray:  # noqa: N802
+    def K(self) -> np.ndarray:
         """[3, 3] intrinsics in pixels; the principal point is the centre."""
         return intrinsics(self.focal, self.focal, self.width / 2, self.height / 2)
 
@@ -89,7 +89,7 @@ def look_at_origin(positions: np.ndarray, target: np.ndarray | None = None) -> n
 
 def viewmats(c2w: np.ndarray) -> np.ndarray:
     """World to camera in OpenCV axes from camera to world in OpenGL axes, [..., 4, 4] both."""
-    R, t = c2w[..., :3, :3], c2w[..., :3, 3]  # noqa: N806
+    R, t = c2w[..., :3, :3], c2w[..., :3, 3]
     w2c = np.zeros_like(c2w, dtype=float)
     w2c[..., :3, :3] = np.swapaxes(R, -1, -2)
     w2c[..., :3, 3] = -np.einsum("...ji,...j->...i", R, t)

@@ -51,7 +51,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out") from error
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

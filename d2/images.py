@@ -35,7 +35,14 @@ def open_image(path: str | Path) -> Image.Image:
             raise InputError(f"{fileio.quoted(path)} is {image.width}×{image.height}, more than {MAX_PIXELS >> 20} MP")
         image.load()
         image = ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:
         raise InputError(f"{fileio.quoted(path)} is not a readable image: {str(error)[:200]}") from error
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
@@ -94,8 +101,8 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Non
                 if writer is None:
                     size = (frame.shape[1] + frame.shape[1] % 2, frame.shape[0] + frame.shape[0] % 2)
                     writer = imageio_ffmpeg.write_frames(
-                        str(temporary), size, fps=fps, codec="libx264", quality=None, macro_block_size=1,
-                        ffmpeg_log_level="error", output_params=["-crf", "18", "-preset", "medium", "-movflags", "+faststart"],
+                        str(temporary), size, fps=fps, codec="libx264", quality=None, macro_block_size=1,  # pyright: ignore[reportArgumentType]
+                        ffmpeg_log_level="error", output_params=["-crf", "18", "-movflags", "+faststart"],
                     )  # fmt: skip
                     writer.send(None)
                 writer.send(np.ascontiguousarray(_pad_even(frame)))

@@ -51,7 +51,9 @@ class Run:
             raise InputError(f"{fileio.quoted(folder / MANIFEST)} is not a run manifest")
         version = manifest.get("version")
         if version != VERSION:
-            raise InputError(f"{fileio.quoted(folder)} has run format {version!r}; this d2 {__version__} reads {VERSION}")
+            raise InputError(
+                f"{fileio.quoted(folder)} has run format {version!r}; this d2 {__version__} reads {VERSION}"
+            )
         fps = manifest.get("fps")
         if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= 1000:
             raise InputError(f"{fileio.quoted(folder / MANIFEST)}: fps must be in 0..1000, got {fps!r}")
@@ -78,8 +80,10 @@ class Run:
         if self.manifest["stages"].pop(name, None) is not None:
             self._commit()
 
-    def write_matrix(self, cell: Callable[[int, int], np.ndarray], frames: int, rig: Rig, record: dict[str, Any]) -> None:
-        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4] of every image, then cameras, then done."""
+    def write_matrix(
+        self, cell: Callable[[int, int], np.ndarray], frames: int, rig: Rig, record: dict[str, Any]
+    ) -> None:
+        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done."""
         views = len(rig.azimuth)
         digests = {}
         for v in range(views):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Dataset:
 
     images: Tensor  # [n, H, W, 4] uint8, premultiplied
     viewmats: Tensor  # [n, 4, 4] float32 world to camera, OpenCV
-    Ks: Tensor  # [n, 3, 3] float32 pixels  # noqa: N815
+    Ks: Tensor  # [n, 3, 3] float32 pixels
     times: Tensor  # [n] float32 in 0..1
     views: Tensor  # [n] int64: cells with the same pose share a view
     has_alpha: bool
@@ -51,14 +51,16 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Dataset(**moved)
+        return replace(self, **{k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)})
 
     def subset(self, index: Tensor) -> Dataset:
         """Some of the cells, in the order of `index` [m]."""
         picked = {k: getattr(self, k)[index] for k in ("images", "viewmats", "Ks", "times", "views")}
-        names = tuple(self.names[i] for i in index.tolist())
-        return Dataset(**picked, has_alpha=self.has_alpha, background=self.background, names=names)
+        return replace(self, **picked, names=tuple(self.names[i] for i in index.tolist()))
+
+    def on(self, background: Tensor) -> Dataset:  # [3]
+        """The same cells before another background."""
+        return replace(self, background=background)
 
     def camera_centres(self) -> Tensor:
         """World positions of the cameras [n, 3]."""
@@ -126,12 +128,12 @@ def _cell(file: Path, k: int, entry: dict[str, Any], meta: dict[str, Any], size:
     path = _image_path(file, k, entry)
     rgba, has_alpha = images.read_rgba(path)
     height, width = rgba.shape[:2]
-    K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")  # noqa: N806
+    K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
     if "mask_path" in entry:
         rgba, has_alpha = _with_mask(rgba, _resolve(file, k, entry["mask_path"])), True
     scale = 1.0 if size is None else size / max(width, height)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    K = np.diag([w / width, h / height, 1.0]) @ K  # noqa: N806
+    K = np.diag([w / width, h / height, 1.0]) @ K
     return _Cell(images.to_uint8(images.resize_rgba(rgba, w, h)), K, has_alpha)
 
 
@@ -157,7 +159,9 @@ def _resolve(file: Path, k: int, relative: Any) -> Path:
 def _with_mask(rgba: np.ndarray, path: Path) -> np.ndarray:
     mask = np.asarray(images.open_image(path).convert("L"))
     if mask.shape != rgba.shape[:2]:
-        raise InputError(f"{fileio.quoted(path)}: mask is {mask.shape[1]}×{mask.shape[0]}, image {rgba.shape[1]}×{rgba.shape[0]}")
+        raise InputError(
+            f"{fileio.quoted(path)}: mask is {mask.shape[1]}×{mask.shape[0]}, image {rgba.shape[1]}×{rgba.shape[0]}"
+        )
     return np.dstack([rgba[..., :3], mask])
 
 
@@ -188,7 +192,12 @@ def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height:
 
 
 def _refuse_distortion(meta: dict[str, Any], file: Path) -> None:
-    if str(meta.get("camera_model", "OPENCV")).upper() not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE"):
+    if str(meta.get("camera_model", "OPENCV")).upper() not in (
+        "OPENCV",
+        "PINHOLE",
+        "SIMPLE_PINHOLE",
+        "PERSPECTIVE",
+    ):
         raise InputError(f"{fileio.quoted(file)}: camera_model {meta['camera_model']!r} is not a pinhole camera")
     for key in ("k1", "k2", "k3", "k4", "p1", "p2"):
         value = meta.get(key, 0)
@@ -207,7 +216,7 @@ def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
         matrix = np.vstack([matrix, [0, 0, 0, 1]])
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
         raise InputError(f"{where}: transform_matrix must be 4×4 and finite")
-    R = matrix[:3, :3]  # noqa: N806
+    R = matrix[:3, :3]
     if np.abs(R.T @ R - np.eye(3)).max() > RIGID_TOLERANCE:
         raise InputError(f"{where}: transform_matrix is not rigid (it scales or shears)")
     if np.linalg.det(R) < 0:

@@ -74,10 +74,19 @@ class Gaussians4D:
     def at(self, t: float | Tensor) -> Gaussians3D:
         """The 3D Gaussians at time t; N and order are the same for every t."""
         means, opacities = slice_at(
-            self.means, self.opacity_logits.sigmoid(), self.velocities, self.times, self.log_durations.exp(), t
+            self.means,
+            self.opacity_logits.sigmoid(),
+            self.velocities,
+            self.times,
+            self.log_durations.exp(),
+            t,
         )
         return Gaussians3D(
-            means, torch.nn.functional.normalize(self.quats, dim=-1), self.log_scales.exp(), opacities, self.sh
+            means,
+            torch.nn.functional.normalize(self.quats, dim=-1),
+            self.log_scales.exp(),
+            opacities,
+            self.sh,
         )
 
     def activated(self, t: Tensor) -> tuple[dict[str, Tensor], Motion]:
@@ -112,11 +121,17 @@ class Gaussians4D:
         if sorted(tensors) != sorted(names):
             raise InputError(f"{label}: expected tensors {', '.join(names)}; got {', '.join(sorted(tensors))}")
         means, coefficients = tensors["means"], tensors["sh"]
-        N = means.shape[0] if means.ndim else 0  # noqa: N806
-        K = coefficients.shape[1] if coefficients.ndim == 3 else 0  # noqa: N806
+        N = means.shape[0] if means.ndim else 0
+        K = coefficients.shape[1] if coefficients.ndim == 3 else 0
         if not 0 < N <= MAX_GAUSSIANS or K not in (1, 4, 9, 16):
             raise InputError(f"{label}: means has shape {list(means.shape)}, sh {list(coefficients.shape)}")
-        shapes = {"means": [N, 3], "velocities": [N, 3], "quats": [N, 4], "log_scales": [N, 3], "sh": [N, K, 3]}
+        shapes = {
+            "means": [N, 3],
+            "velocities": [N, 3],
+            "quats": [N, 4],
+            "log_scales": [N, 3],
+            "sh": [N, K, 3],
+        }
         for name, tensor in tensors.items():
             expected = shapes.get(name, [N])
             if list(tensor.shape) != expected or not tensor.is_floating_point():
@@ -139,10 +154,10 @@ def from_two_quaternions(
     Σ = R S² Rᵀ with R = L(left) M(right); velocity, duration and the conditional covariance come from its
     blocks (Schur complement).  A Gaussian whose time variance underflows raises InputError.
     """
-    R = left_isoclinic(left) @ right_isoclinic(right)  # noqa: N806
-    M = R * scales[:, None, :]  # noqa: N806
+    R = left_isoclinic(left) @ right_isoclinic(right)
+    M = R * scales[:, None, :]
     covariance = M @ M.mT
-    A, b, c = covariance[:, :3, :3], covariance[:, :3, 3], covariance[:, 3, 3]  # noqa: N806
+    A, b, c = covariance[:, :3, :3], covariance[:, :3, 3], covariance[:, 3, 3]
     if not (c > 0).all():
         raise InputError(f"Gaussian {int((c <= 0).nonzero()[0])} has no extent in time")
     conditional = A - b[:, :, None] * b[:, None, :] / c[:, None, None]
@@ -174,7 +189,7 @@ def right_isoclinic(q: Tensor) -> Tensor:  # [N, 4] wxyz -> [N, 4, 4] acting on 
 
 def quaternions(rotations: Tensor) -> Tensor:  # [N, 3, 3] -> [N, 4] wxyz, unit, w ≥ 0
     """Inverse of `rotation_matrices`, by the largest of the four components (Shepperd 1978)."""
-    R = rotations  # noqa: N806
+    R = rotations
     trace = R[:, 0, 0] + R[:, 1, 1] + R[:, 2, 2]
     diagonal = torch.stack([trace, R[:, 0, 0], R[:, 1, 1], R[:, 2, 2]], -1)
     squares = 1 + 2 * diagonal - trace[:, None]  # 4 w², 4 x², 4 y², 4 z²

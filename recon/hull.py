@@ -31,11 +31,11 @@ def scene_box(dataset: Dataset) -> tuple[np.ndarray, float]:
     centres = dataset.camera_centres().double()
     axes = w2c[:, 2, :3]
     project = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
-    A, b = project.sum(0), (project @ centres[:, :, None]).sum(0)[:, 0]  # noqa: N806
+    A, b = project.sum(0), (project @ centres[:, :, None]).sum(0)[:, 0]
     ridge = 1e-6 * len(dataset)  # parallel axes have no nearest point: stay near the cameras' mean
     centre = torch.linalg.solve(A + ridge * torch.eye(3, dtype=torch.float64), b + ridge * centres.mean(0))
     depth = ((centre - centres) * axes).sum(-1).abs()
-    K = dataset.Ks.double()  # noqa: N806
+    K = dataset.Ks.double()
     half_view = torch.minimum(dataset.width / 2 / K[:, 0, 0], dataset.height / 2 / K[:, 1, 1])
     return centre.numpy(), float((depth * half_view).median().clamp_min(1e-6))
 
@@ -88,7 +88,7 @@ def _moments(dataset: Dataset) -> list[Tensor]:
 def _hulls(dataset: Dataset, moments: list[Tensor], centre: np.ndarray, half: float):
     """Occupancy of each moment on one grid fitted to the union of all. Empty when the masks carve all away."""
     masks = np.ascontiguousarray(dataset.images[..., 3].numpy())
-    P = (dataset.Ks.double() @ dataset.viewmats[:, :3].double()).numpy()  # noqa: N806
+    P = (dataset.Ks.double() @ dataset.viewmats[:, :3].double()).numpy()
 
     def carve(low, high, grid):
         step = (high - low) / grid
@@ -115,7 +115,7 @@ def _misses_allowed(dataset: Dataset, cells: Tensor) -> int:
 
 
 @njit(parallel=True, cache=True)
-def _carve(xs, ys, zs, masks, P, cells, misses_allowed):  # noqa: N803
+def _carve(xs, ys, zs, masks, P, cells, misses_allowed):
     """bool [X, Y, Z]: inside the mask of all of `cells` but `misses_allowed`; off the image says nothing."""
     _, height, width = masks.shape
     occupied = np.zeros((xs.shape[0], ys.shape[0], zs.shape[0]), np.bool_)
@@ -177,7 +177,7 @@ def _facing_colours(dataset: Dataset, moments, points, normals, bins) -> np.ndar
     """Mean colour [n, 3] over the cameras of the point's moment, weighted by how squarely they face it."""
     colors, weights = np.zeros_like(points), np.full((len(points), 1), 1e-9)
     centres = dataset.camera_centres().numpy()
-    P = (dataset.Ks @ dataset.viewmats[:, :3]).numpy()  # noqa: N806
+    P = (dataset.Ks @ dataset.viewmats[:, :3]).numpy()
     pictures = dataset.images.numpy()
     for k, cells in enumerate(moments):
         mine = np.nonzero(bins == k)[0]

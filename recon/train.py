@@ -33,7 +33,7 @@ class Progress(NamedTuple):
 
     iteration: int
     fraction: float  # of the run, 0..1
-    loss: float
+    loss: Tensor  # scalar; reading it waits for the device
     gaussians: int
     validated: float | None  # dB on held-out cells, when this step validated
     is_best: bool
@@ -58,7 +58,11 @@ def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | st
     train, _ = holdout_split(dataset, config)
     _, half_side = hull.scene_box(dataset)
     gaussians = hull.initialise(
-        train, min(config.start_gaussians, config.max_gaussians), config.start_duration, config.sh_degree, config.seed
+        train,
+        min(config.start_gaussians, config.max_gaussians),
+        config.start_duration,
+        config.sh_degree,
+        config.seed,
     )
     return state_of(gaussians.map(lambda x: x.to(device)), half_side)
 
@@ -90,19 +94,22 @@ def fit(
         if fraction >= 1:
             break
         loss = step(state, train, config, fraction)
-        last = state.iteration == config.iterations if seconds is None else False
+        last = seconds is None and state.iteration == config.iterations
         validated, is_best = None, False
         if state.iteration % config.validate_every == 0 or last:
-            require_finite(state, loss)
+            require_finite(state, float(loss))
             validated, is_best = validate(state, held_out, config)
+        elif state.iteration % CHECK_EVERY == 0:
+            require_finite(state, float(loss))
         callback(state, Progress(state.iteration, fraction, loss, len(state.gaussians), validated, is_best))
-    require_finite(state, 0.0)
-    validate(state, held_out, config)
+    if seconds is not None or state.best is None:
+        require_finite(state, 0.0)
+        validate(state, held_out, config)
     assert state.best is not None
     return state.best
 
 
-def step(state: State, train: Dataset, config: ReconstructConfig, fraction: float) -> float:
+def step(state: State, train: Dataset, config: ReconstructConfig, fraction: float) -> Tensor:
     """One optimisation step on `config.pairs` cells; returns the loss."""
     clock = _Clock(state.seconds)
     cells = cells_of_step(len(train), config.pairs, config.seed, state.iteration)
@@ -130,15 +137,12 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     state.adam.zero_grad()
     clock("adam")
     state.iteration += 1
-    value = float(loss.detach())
     if fraction < config.grow_until:
         state.stats.add(meta["means2d"].grad.reshape(-1, len(state.gaussians), 2), max(train.width, train.height))
         if state.iteration % config.grow_every == 0 and fraction > config.grow_from:
             prune_and_grow(state, config, fraction)
     clock("densify")
-    if state.iteration % CHECK_EVERY == 0 and not torch.isfinite(loss.detach()):
-        raise NumericalError(f"the loss is {value} at iteration {state.iteration}; lower the learning rates")
-    return value
+    return loss.detach()
 
 
 def prune_and_grow(state: State, config: ReconstructConfig, fraction: float) -> None:

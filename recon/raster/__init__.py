@@ -49,7 +49,7 @@ def rasterize(
     opacities: Tensor,  # [..., N] in 0..1
     colors: Tensor,  # [..., N, D], or [N, K, 3] spherical harmonics with sh_degree
     viewmats: Tensor,  # [..., C, 4, 4] world to camera, OpenCV
-    Ks: Tensor,  # [..., C, 3, 3] pixels  # noqa: N803
+    Ks: Tensor,  # [..., C, 3, 3] pixels
     width: int,
     height: int,
     *,
@@ -83,7 +83,7 @@ def rasterize(
         return image, alpha, {"backend": chosen.name, "reason": chosen.reason, "means2d": means2d}
 
     batch = means.shape[:-2]
-    C, N = viewmats.shape[-3], means.shape[-2]  # noqa: N806
+    C, N = viewmats.shape[-3], means.shape[-2]
     learning = torch.is_grad_enabled() and any(
         x.requires_grad for x in (means, quats, scales, opacities, colors, viewmats, *(motion or ())[:3])
     )
@@ -119,7 +119,7 @@ class _Options(NamedTuple):
     backend: str
 
 
-def _draw_one(means, quats, scales, opacities, colors, viewmat, K, screen, c, o: _Options):  # noqa: N803
+def _draw_one(means, quats, scales, opacities, colors, viewmat, K, screen, c, o: _Options):
     """One camera: image [H, W, D] without background, alpha [H, W]."""
     moved = means
     if o.motion is not None:
@@ -143,14 +143,19 @@ def _needs_place(o: _Options) -> bool:
     return bool(o.sh_degree) or o.render_mode != "RGB"
 
 
-def _draw_cpu(means, quats, scales, opacities, features, viewmat, K, screen, c, o: _Options):  # noqa: N803
+def _draw_cpu(means, quats, scales, opacities, features, viewmat, K, screen, c, o: _Options):
     from d2.recon.raster import cpu
 
     if o.motion is None:
         velocities, times = torch.zeros_like(means), torch.zeros_like(opacities)
         durations, t = torch.full_like(opacities, torch.inf), 0.0
     else:
-        velocities, times, durations, t = o.motion.velocities, o.motion.times, o.motion.durations, float(o.motion.t[c])
+        velocities, times, durations, t = (
+            o.motion.velocities,
+            o.motion.times,
+            o.motion.durations,
+            float(o.motion.t[c]),
+        )
     camera = cpu.Camera(K, o.width, o.height, o.near_plane, o.far_plane, o.eps2d, t, o.antialiased)
     images, alpha = [], None
     for group in features.split(3, -1):  # the kernels draw three channels at a time
@@ -163,7 +168,7 @@ def _draw_cpu(means, quats, scales, opacities, features, viewmat, K, screen, c, 
     return torch.cat(images, -1) if len(images) > 1 else images[0], alpha
 
 
-def _draw_reference(means, quats, scales, opacities, features, viewmat, K, screen, c, o: _Options):  # noqa: N803
+def _draw_reference(means, quats, scales, opacities, features, viewmat, K, screen, c, o: _Options):
     from d2.recon.raster import reference
 
     if o.motion is not None:
@@ -186,10 +191,17 @@ def _over_background(image: Tensor, alpha: Tensor, background: Tensor, render_mo
     """Colour channels over the background; depth has none."""
     if not render_mode.startswith("RGB"):
         return image
-    D = background.shape[-1]  # noqa: N806
+    D = background.shape[-1]
     color = image[..., :D] + (1 - alpha[..., None]) * background
     return torch.cat([color, image[..., D:]], -1) if image.shape[-1] > D else color
 
 
 def _indices(batch: torch.Size) -> list[tuple[int, ...]]:
-    return [tuple(int(i) for i in row) for row in torch.cartesian_prod(*(torch.arange(n) for n in batch)).reshape(-1, len(batch))] if batch else [()]
+    return (
+        [
+            tuple(int(i) for i in row)
+            for row in torch.cartesian_prod(*(torch.arange(n) for n in batch)).reshape(-1, len(batch))
+        ]
+        if batch
+        else [()]
+    )

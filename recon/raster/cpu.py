@@ -32,8 +32,7 @@ class _Splat(torch.autograd.Function):
     def forward(ctx: Any, camera: Camera, viewmat: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """tensors: means quats scales opacities colors velocities times durations screen."""
         arrays = [_float32(tensor) for tensor in tensors]
-        means, *_, screen = arrays
-        N = len(means)  # noqa: N806
+        N = len(arrays[0])
         c = p.pack_camera(_float32(viewmat), camera.K.numpy(), *camera[1:])
         splats, rects = np.empty((N, p.SPLAT_FLOATS), np.float32), np.empty((N, 4), np.int32)
         keys = np.empty(N, np.uint64)

@@ -41,7 +41,7 @@ def render(
     opacities: Tensor,  # [..., N]
     colors: Tensor,  # [..., N, D] or [N, K, 3]
     viewmats: Tensor,  # [..., C, 4, 4]
-    Ks: Tensor,  # [..., C, 3, 3]  # noqa: N803
+    Ks: Tensor,  # [..., C, 3, 3]
     width: int,
     height: int,
     *,
@@ -54,7 +54,7 @@ def render(
     gaussians = (means, quats, scales, opacities, colors)
     if motion is not None:
         gaussians = _slices(gaussians, motion, options["sh_degree"] is not None)
-        viewmats, Ks = viewmats[:, None], Ks[:, None]  # noqa: N806
+        viewmats, Ks = viewmats[:, None], Ks[:, None]
         backgrounds = None if backgrounds is None else backgrounds[:, None]
     one_by_one = gaussians[0].ndim > 2 and _older_than_1_5()
     call = _call_each if one_by_one else _call
@@ -68,29 +68,25 @@ def _slices(gaussians: tuple[Tensor, ...], motion: Motion, is_sh: bool) -> tuple
     """One set of 3D Gaussians for each camera's time: the batch dimension of gsplat ≥ 1.5."""
     means, quats, scales, opacities, colors = gaussians
     moved = [slice_at(means, opacities, motion.velocities, motion.times, motion.durations, t) for t in motion.t]
-    C = len(moved)  # noqa: N806
+    C = len(moved)
     each = [x.expand(C, *x.shape) for x in (quats, scales, colors)]
     return torch.stack([m for m, _ in moved]), each[0], each[1], torch.stack([o for _, o in moved]), each[2]
 
 
-def _call(draw, gaussians, viewmats, Ks, width, height, backgrounds, options):  # noqa: N803
-    image, alpha, meta = draw(
-        *gaussians, viewmats, Ks, width, height, packed=False, backgrounds=backgrounds, **options
-    )
+def _call(draw, gaussians, viewmats, Ks, width, height, backgrounds, options):
+    image, alpha, meta = draw(*gaussians, viewmats, Ks, width, height, packed=False, backgrounds=backgrounds, **options)
     means2d = meta["means2d"]
     if means2d.requires_grad:
         means2d.retain_grad()
     return image, alpha, means2d
 
 
-def _call_each(draw, gaussians, viewmats, Ks, width, height, backgrounds, options):  # noqa: N803
+def _call_each(draw, gaussians, viewmats, Ks, width, height, backgrounds, options):
     """gsplat 1.4 has no batch dimension: one call for each leading index."""
     results = []
     for b in range(len(viewmats)):
         background = None if backgrounds is None else backgrounds[b]
-        results.append(
-            _call(draw, [x[b] for x in gaussians], viewmats[b], Ks[b], width, height, background, options)
-        )
+        results.append(_call(draw, [x[b] for x in gaussians], viewmats[b], Ks[b], width, height, background, options))
     images, alphas, means2d = zip(*results, strict=True)
     return torch.stack(images), torch.stack(alphas), list(means2d)
 

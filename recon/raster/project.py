@@ -24,7 +24,7 @@ ZERO, HALF, ONE, TWO, INF = f4(0), f4(0.5), f4(1), f4(2), f4(np.inf)
 SAFE = {"contract", "arcp"}
 
 
-def pack_camera(viewmat, K, width, height, near, far, eps2d, time, antialiased):  # noqa: N803
+def pack_camera(viewmat, K, width, height, near, far, eps2d, time, antialiased):
     """float32 [23]: rows of [R | t] (12), fx fy cx cy, width height, near far, eps2d, time, antialiased."""
     camera = np.empty(CAMERA_FLOATS, f4)
     camera[:12] = viewmat[:3].ravel()

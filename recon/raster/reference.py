@@ -18,7 +18,7 @@ def render(
     opacities: Tensor,  # [N]
     colors: Tensor,  # [N, D]
     viewmat: Tensor,  # [4, 4] world to camera, OpenCV
-    K: Tensor,  # [3, 3] pixels  # noqa: N803
+    K: Tensor,  # [3, 3] pixels
     width: int,
     height: int,
     near_plane: float = 0.01,
@@ -30,10 +30,10 @@ def render(
     """Image [H, W, D] without background and alpha [H, W], differentiable in every tensor."""
     camera = means @ viewmat[:3, :3].T + viewmat[:3, 3]
     covariance = _world_covariance(quats, scales)
-    xy, V0 = _project(camera, covariance, viewmat, K, width, height)  # noqa: N806
+    xy, V0 = _project(camera, covariance, viewmat, K, width, height)
     if screen is not None:
         xy = xy + screen
-    V = V0 + eps2d * torch.eye(2, dtype=V0.dtype)  # noqa: N806
+    V = V0 + eps2d * torch.eye(2, dtype=V0.dtype)
     det, det0 = torch.linalg.det(V), torch.linalg.det(V0)
     if antialiased:
         opacities = opacities * torch.sqrt((det0 / det).clamp_min(0))
@@ -68,11 +68,11 @@ def rotation_matrices(quats: Tensor) -> Tensor:  # [N, 4] wxyz, any length -> [N
 
 
 def _world_covariance(quats: Tensor, scales: Tensor) -> Tensor:
-    M = rotation_matrices(quats) * scales[:, None, :]  # noqa: N806
+    M = rotation_matrices(quats) * scales[:, None, :]
     return M @ M.mT
 
 
-def _project(camera, covariance, viewmat, K, width, height) -> tuple[Tensor, Tensor]:  # noqa: N803
+def _project(camera, covariance, viewmat, K, width, height) -> tuple[Tensor, Tensor]:
     """Perspective projection of the means, and of the covariances by its Jacobian (EWA)."""
     x, y, z = camera.unbind(-1)
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
@@ -80,8 +80,8 @@ def _project(camera, covariance, viewmat, K, width, height) -> tuple[Tensor, Ten
     tx = (x / z).clamp(-cx / fx - pad_x, (width - cx) / fx + pad_x)
     ty = (y / z).clamp(-cy / fy - pad_y, (height - cy) / fy + pad_y)
     zero = torch.zeros_like(z)
-    J = torch.stack([fx / z, zero, -fx * tx / z, zero, fy / z, -fy * ty / z], -1).unflatten(-1, (2, 3))  # noqa: N806
-    P = J @ viewmat[:3, :3]  # noqa: N806
+    J = torch.stack([fx / z, zero, -fx * tx / z, zero, fy / z, -fy * ty / z], -1).unflatten(-1, (2, 3))
+    P = J @ viewmat[:3, :3]
     return torch.stack([fx * x / z + cx, fy * y / z + cy], -1), P @ covariance @ P.mT
 
 

@@ -19,7 +19,7 @@ def bases(degree: int) -> int:
     return (degree + 1) ** 2
 
 
-def degree_of(K: int) -> int:  # noqa: N803
+def degree_of(K: int) -> int:
     """The degree whose basis has K functions; K must be 1, 4, 9 or 16."""
     return {1: 0, 4: 1, 9: 2, 16: 3}[K]
 

@@ -41,7 +41,12 @@ def _exp_negative(s):
 
 @njit
 def _tile_range(rects, i):
-    return rects[i, 0] // TILE, (rects[i, 1] - 1) // TILE + 1, rects[i, 2] // TILE, (rects[i, 3] - 1) // TILE + 1
+    return (
+        rects[i, 0] // TILE,
+        (rects[i, 1] - 1) // TILE + 1,
+        rects[i, 2] // TILE,
+        (rects[i, 3] - 1) // TILE + 1,
+    )
 
 
 @njit(parallel=True, cache=True)
@@ -52,7 +57,7 @@ def bin_splats(order, rects, keys, tiles_x, tiles_y, chunks):
     ids [L], the Gaussian of every entry of every tile's list; slots [L], the entry's row when rows are grouped by
     Gaussian; and starts [N + 1], where each Gaussian's rows begin.
     """
-    N, M, T = keys.shape[0], order.shape[0], tiles_x * tiles_y  # noqa: N806
+    N, M, T = keys.shape[0], order.shape[0], tiles_x * tiles_y
     starts = np.zeros(N + 1, np.int64)
     for i in range(N):
         starts[i + 1] = starts[i]
@@ -128,7 +133,7 @@ def composite(offsets, ids, rects, splats, image, transmittance):
                 s = dx * (ha * dx + b * dy) + hc * dy * dy
                 alpha = min(ALPHA_MAX, o * _exp_negative(s))
                 alpha = alpha if (alpha >= ALPHA_MIN) & (s >= ZERO) else ZERO
-                T = buffer[_T + p]  # noqa: N806
+                T = buffer[_T + p]
                 alive = buffer[_ALIVE + p] if T - T * alpha > T_MIN else ZERO
                 weight = alpha * alive * T
                 buffer[_ALIVE + p] = alive
@@ -166,8 +171,7 @@ def composite_backward(offsets, ids, slots, rects, splats, image, transmittance,
     Front to back like the forward pass: with Q_k = Σ_{j>k} w_j ⟨g, c_j⟩ - T_final dL/dalpha,
     dL/dalpha_k = T_k ⟨g, c_k⟩ - Q_k / (1 - alpha_k), so one scalar a pixel replaces a stored list.
     """
-    height, width = transmittance.shape
-    tiles_x = (width + TILE - 1) // TILE
+    tiles_x = (transmittance.shape[1] + TILE - 1) // TILE
     for t in prange(offsets.shape[0] - 1):
         left, top = (t % tiles_x) * TILE, (t // tiles_x) * TILE
         buffer = np.empty(8 * LANES, f4)
@@ -192,7 +196,7 @@ def composite_backward(offsets, ids, slots, rects, splats, image, transmittance,
                 bare = o * _exp_negative(s)
                 alpha = min(ALPHA_MAX, bare)
                 alpha = alpha if (alpha >= ALPHA_MIN) & (s >= ZERO) else ZERO
-                T = buffer[_T + p]  # noqa: N806
+                T = buffer[_T + p]
                 alive = buffer[_ALIVE + p] if T - T * alpha > T_MIN else ZERO
                 alpha *= alive
                 weight = alpha * T
@@ -200,7 +204,7 @@ def composite_backward(offsets, ids, slots, rects, splats, image, transmittance,
                 buffer[_T + p] = T - weight
                 r, g, bl = buffer[_R + p], buffer[_G + p], buffer[_B + p]
                 shade = r * red + g * green + bl * blue
-                Q = buffer[_Q + p] - weight * shade  # noqa: N806
+                Q = buffer[_Q + p] - weight * shade
                 buffer[_Q + p] = Q
                 g_r += weight * r
                 g_g += weight * g

@@ -1,0 +1,5 @@
+"""placeholder until merged"""
+
+
+def export(path: str) -> None:
+    """x"""
