@@ -6,11 +6,12 @@ colour as spherical harmonics channel by channel, opacity as a logit, scales as 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -191,8 +192,11 @@ def _table(gaussians: Gaussians3D, pad_sh3: bool) -> np.ndarray:  # [N, P] littl
 
 
 def _property_names(degree: int) -> list[str]:
-    rest = [f"f_rest_{k}" for k in range(3 * (spherical.bases(degree) - 1))]
-    return [*_FIXED[:3], "nx", "ny", "nz", *_FIXED[3:6], *rest, *_FIXED[6:]]
+    return [*_FIXED[:3], "nx", "ny", "nz", *_FIXED[3:6], *_rest_names(degree), *_FIXED[6:]]
+
+
+def _rest_names(degree: int) -> list[str]:
+    return [f"f_rest_{k}" for k in range(3 * (spherical.bases(degree) - 1))]
 
 
 def _one_line(text: str) -> str:
@@ -234,9 +238,9 @@ def read(
         with open(path, "rb") as file:
             header = _read_header(file, label)
             degree = _checked_degree(header, path.stat().st_size, label)
-            rows = _read_rows(
-                file, _FIXED + [f"f_rest_{k}" for k in range(3 * (spherical.bases(degree) - 1))], label
-            )
+            # plyfile maps a binary file; the text wrapper it puts around others must not close ours.
+            stream = io.BytesIO(file.read()) if header.ascii else file
+            rows = _read_rows(stream, degree, label)
     except OSError as error:
         raise InputError(f"cannot read {label}: {(error.strerror or str(error)).lower()}") from error
     good = np.isfinite(rows).all(1) & (rows[:, 10:14] != 0).any(1)
@@ -315,12 +319,13 @@ def _least_bytes(element: _Element, text: bool) -> int:
     return element.count * (2 * len(element.properties) if text else sum(element.properties.values()))
 
 
-def _read_rows(file: BinaryIO, names: Iterable[str], label: str) -> np.ndarray:  # [N, len(names)] float32
-    """The values of the vertex element; the header has been checked."""
+def _read_rows(stream: BinaryIO, degree: int, label: str) -> np.ndarray:  # [N, 14 + f_rest] float32
+    """The vertex element's values in the order of _FIXED, then f_rest; the header has been checked."""
     from plyfile import PlyData, PlyParseError
 
+    names = [*_FIXED, *_rest_names(degree)]
     try:
-        vertex = PlyData.read(file)["vertex"].data
+        vertex = PlyData.read(stream)["vertex"].data
         with np.errstate(
             over="ignore", invalid="ignore"
         ):  # a double beyond float32 becomes infinite: dropped later
