@@ -243,15 +243,19 @@ def _as_name(folder: Path) -> str:
 
 
 def _output_folder(out: str | Path | None, found: Source) -> Path:
-    if out is None:
-        if found.folder is None:
-            raise InputError("Gaussians in memory have no folder of their own; pass out=…")
-        return found.folder / "export"
-    folder = Path(out)
-    if str(out) in ("", "-"):
+    """Where to write; that it can be written to is known before any work."""
+    if out is None and found.folder is None:
+        raise InputError("Gaussians in memory have no folder of their own; pass out=…")
+    if out is not None and str(out) in ("", "-"):
         raise InputError(f"--out must be a folder, got {str(out)!r}")
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise InputError(f"{fileio.quoted(folder)} is a file; exports go into a folder")
+    folder = Path(out) if out is not None else Path(found.folder or ".") / "export"
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{fileio.quoted(existing)} is a file; exports go into a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{fileio.quoted(existing)} cannot be written to; choose another --out")
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from d2 import images
 from d2.camera import DEFAULT_FOV_DEG, Rig, viewmats
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
-from d2.recon.raster import BackendName, rasterize
+from d2.recon.raster import BackendName, Motion, rasterize
 
 WHITE = (1.0, 1.0, 1.0)
 DEFAULT_ELEVATION = math.radians(10.0)
@@ -158,7 +158,7 @@ def contact_sheet(
     return np.asarray(sheet)
 
 
-def _drawn(gaussians: Gaussians4D | Gaussians3D):
+def _drawn(gaussians: Gaussians4D | Gaussians3D) -> tuple[dict[str, Any], Motion | None]:
     """Arguments of `rasterize`, with the motion of a moving set apart."""
     if isinstance(gaussians, Gaussians4D):
         return gaussians.activated(torch.zeros(1, device=gaussians.means.device))

@@ -208,7 +208,7 @@ def _one_line(text: str) -> str:
 
 class _Element(NamedTuple):
     name: str
-    count: int
+    rows: int
     properties: dict[str, int]  # name -> bytes of a value
 
 
@@ -292,8 +292,8 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
 def _checked_degree(header: _Header, file_size: int, label: str) -> int:
     """The degree of a header whose counts fit the file and whose properties are a splat's."""
     vertex = next((element for element in header.elements if element.name == "vertex"), None)
-    if vertex is None or not 0 < vertex.count <= MAX_GAUSSIANS:
-        count = "no" if vertex is None else vertex.count
+    if vertex is None or not 0 < vertex.rows <= MAX_GAUSSIANS:
+        count = "no" if vertex is None else vertex.rows
         raise InputError(f"{label} has {count} vertices; expected 1 to {MAX_GAUSSIANS}")
     needed = sum(_least_bytes(element, header.ascii) for element in header.elements)
     present = file_size - header.size
@@ -301,7 +301,7 @@ def _checked_degree(header: _Header, file_size: int, label: str) -> int:
         raise InputError(
             f"{label} is truncated: its header announces {needed} bytes of data, {present} follow"
         )
-    if any(element.count == 0 or not element.properties for element in header.elements):
+    if any(element.rows == 0 or not element.properties for element in header.elements):
         raise InputError(f"{label}: an element of the PLY is empty")
     missing = [name for name in _FIXED if name not in vertex.properties]
     if missing:
@@ -316,7 +316,7 @@ def _checked_degree(header: _Header, file_size: int, label: str) -> int:
 
 def _least_bytes(element: _Element, text: bool) -> int:
     """What the rows of an element take at least: in a text a digit and a separator a value."""
-    return element.count * (2 * len(element.properties) if text else sum(element.properties.values()))
+    return element.rows * (2 * len(element.properties) if text else sum(element.properties.values()))
 
 
 def _read_rows(stream: BinaryIO, degree: int, label: str) -> np.ndarray:  # [N, 14 + f_rest] float32

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -172,7 +173,8 @@ def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     cases = [
         ({"formats": ["xyz"]}, known), ({"formats": []}, known), ({"formats": ["ply", ""]}, known),
         ({"out": "-"}, "must be a folder"), ({"out": ""}, "must be a folder"),
-        ({"out": tmp_path / "file"}, "is a file"), ({"out": tmp_path / "taken"}, "is a folder"),
+        ({"out": tmp_path / "file" / "below"}, "is a file"), ({"out": tmp_path / "file"}, "is a file"),
+        ({"out": tmp_path / "taken"}, "is a folder"),
         ({"fps": 0}, "fps"), ({"fps": math.nan}, "fps"), ({"frames": 0}, "frames"), ({"time": 1.5}, "time"),
         ({"size": 1}, "size"), ({"frame": "xyz"}, "frame"), ({"prune_opacity": -1}, "prune_opacity"),
         ({"name": "../x"}, "file name"),
@@ -183,6 +185,12 @@ def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     assert list(contents(recon)) == ["gaussians.safetensors"] and not list(
         (tmp_path / "taken/contact.png").iterdir()
     )
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(recon, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="cannot be written to; choose another --out"):
+        export(recon)
 
 
 def test_what_is_no_reconstruction_is_refused_with_the_reason(tmp_path, gaussians):
@@ -239,6 +247,11 @@ def test_command_prints_what_was_written(recon, tmp_path):
     assert run.exit_code == 0 and run.output == ""
     run = CliRunner().invoke(app, [str(recon), "--format", "gif"])
     assert isinstance(run.exception, InputError)
+
+
+def test_the_command_can_be_listed_without_torch():
+    code = "import sys, d2.cli.export; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_contact_sheet_picks_at_most_six_columns(recon):
