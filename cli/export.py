@@ -16,30 +16,20 @@ if TYPE_CHECKING:
 
 
 def export(
-    path: Annotated[
-        Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")
-    ],
-    formats: Annotated[
-        str, typer.Option("--format", help="Comma list of ply, mp4, contact.")
-    ] = "ply,mp4,contact",
+    path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
+    formats: Annotated[str, typer.Option("--format", help="Comma list of ply, mp4, contact.")] = "ply,mp4,contact",
     out: Annotated[
         Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
     ] = None,
     time: Annotated[float | None, typer.Option(help="One moment, 0 to 1, instead of the whole clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; default: the run's.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of the clip; default: the run's.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What PLY files begin with; default: the run's name.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="What PLY files begin with; default: the run's name.")] = None,
     frame: Annotated[
         str, typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up).")
     ] = "rdf",
-    pad_sh3: Annotated[
-        bool, typer.Option("--pad-sh3", help="Fill colour up to degree 3 (Houdini, Adobe).")
-    ] = False,
-    prune_opacity: Annotated[
-        float, typer.Option(help="Leave out what is fainter, 0 to 1; N then varies.")
-    ] = 0.0,
+    pad_sh3: Annotated[bool, typer.Option("--pad-sh3", help="Fill colour up to degree 3 (Houdini, Adobe).")] = False,
+    prune_opacity: Annotated[float, typer.Option(help="Leave out what is fainter, 0 to 1; N then varies.")] = 0.0,
     size: Annotated[int, typer.Option(help="Width and height of the video in pixels.")] = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,

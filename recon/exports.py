@@ -113,8 +113,7 @@ def find(path: str | Path) -> Source:
     Raises InputError for what is none and ConflictError for a run that has not got so far.
     """
     file = _gaussians_file(Path(path))
-    gaussians = Gaussians4D.load(file)
-    metadata = _metadata(file)
+    gaussians, metadata = Gaussians4D.load_with_metadata(file)
     run = _run_of(file.parent)
     stage = (run.stage("generate") if run else None) or {}
     label = fileio.quoted(file)
@@ -213,14 +212,6 @@ def _run_of(folder: Path) -> Run | None:
     return Run.open(recon.parent) if recon.name == "recon" and is_run(recon.parent) else None
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that has been read before."""
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="pt") as opened:
-        return dict(opened.metadata() or {})
-
-
 def _number(value: object, what: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
@@ -272,9 +263,7 @@ def _known(formats: Sequence[str]) -> list[str]:
     wanted = list(dict.fromkeys(text.strip() for text in formats))
     unknown = [text for text in wanted if text not in FORMATS]
     if unknown or not wanted:
-        raise InputError(
-            f"unknown format {', '.join(map(repr, unknown)) or 'list'}; known: {', '.join(FORMATS)}"
-        )
+        raise InputError(f"unknown format {', '.join(map(repr, unknown)) or 'list'}; known: {', '.join(FORMATS)}")
     return wanted
 
 

@@ -66,9 +66,7 @@ _DEFAULT = Layout()
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-def write(
-    gaussians: Gaussians3D, path: str | Path, layout: Layout = _DEFAULT, comments: Sequence[str] = ()
-) -> None:
+def write(gaussians: Gaussians3D, path: str | Path, layout: Layout = _DEFAULT, comments: Sequence[str] = ()) -> None:
     """Writes one moment, whole or not at all; the errors are those of `encode`."""
     fileio.atomic_write(path, encode(gaussians, layout, comments))
 
@@ -158,11 +156,7 @@ def _check_clip(times: Sequence[float] | np.ndarray, fps: float) -> None:
 def _kept(gaussians: Gaussians3D, prune_opacity: float) -> Gaussians3D:
     keep = gaussians.opacities >= prune_opacity if prune_opacity > 0 else None
     if len(gaussians) == 0 or (keep is not None and not keep.any()):
-        what = (
-            f"no Gaussian has an opacity of {prune_opacity} or more"
-            if len(gaussians)
-            else "there are no Gaussians"
-        )
+        what = f"no Gaussian has an opacity of {prune_opacity} or more" if len(gaussians) else "there are no Gaussians"
         raise InputError(f"nothing to write: {what}")
     if keep is None:
         return gaussians
@@ -276,9 +270,7 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
                 form = kind
             case ["element", name, count] if count.isdigit() and len(count) < 16:
                 elements.append(_Element(name, int(count), {}))
-            case ["property", kind, name] if (
-                kind in _SIZES and elements and name not in elements[-1].properties
-            ):
+            case ["property", kind, name] if kind in _SIZES and elements and name not in elements[-1].properties:
                 elements[-1].properties[name] = _SIZES[kind]
             case ["property", "list", *_]:
                 raise InputError(f"{label}: list properties have no place in a Gaussian splatting PLY")
@@ -298,16 +290,12 @@ def _checked_degree(header: _Header, file_size: int, label: str) -> int:
     needed = sum(_least_bytes(element, header.ascii) for element in header.elements)
     present = file_size - header.size
     if needed > present + header.ascii:  # the last newline of a text may be missing
-        raise InputError(
-            f"{label} is truncated: its header announces {needed} bytes of data, {present} follow"
-        )
+        raise InputError(f"{label} is truncated: its header announces {needed} bytes of data, {present} follow")
     if any(element.rows == 0 or not element.properties for element in header.elements):
         raise InputError(f"{label}: an element of the PLY is empty")
     missing = [name for name in _FIXED if name not in vertex.properties]
     if missing:
-        raise InputError(
-            f"{label} holds no 3D Gaussians: {', '.join(missing[:3])} missing of {len(_FIXED)} properties"
-        )
+        raise InputError(f"{label} holds no 3D Gaussians: {', '.join(missing[:3])} missing of {len(_FIXED)} properties")
     rest = sum(name.startswith("f_rest_") for name in vertex.properties)
     if rest not in _REST or any(f"f_rest_{k}" not in vertex.properties for k in range(rest)):
         raise InputError(f"{label} has {rest} f_rest properties; expected f_rest_0 … of 0, 9, 24 or 45")
@@ -326,9 +314,7 @@ def _read_rows(stream: BinaryIO, degree: int, label: str) -> np.ndarray:  # [N, 
     names = [*_FIXED, *_rest_names(degree)]
     try:
         vertex = PlyData.read(stream)["vertex"].data
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # a double beyond float32 becomes infinite: dropped later
+        with np.errstate(over="ignore", invalid="ignore"):  # a double beyond float32 becomes infinite: dropped later
             return np.stack([np.asarray(vertex[name], np.float32) for name in names], -1)
     except (PlyParseError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
         raise InputError(f"{label} is not a readable PLY file: {str(error)[:200]}") from error

@@ -109,9 +109,7 @@ def test_a_file_without_metadata_plays_25_frames_at_24(tmp_path, gaussians):
 
 
 def test_arguments_come_before_what_the_file_says(recon, tmp_path):
-    written = export(
-        recon, ["ply"], tmp_path / "out", fps=30, frames=2, name="hero", frame="rub", pad_sh3=True
-    )
+    written = export(recon, ["ply"], tmp_path / "out", fps=30, frames=2, name="hero", frame="rub", pad_sh3=True)
     assert sorted(contents(written["ply"])) == ["frames.json", "hero_0001.ply", "hero_0002.ply"]
     manifest = json.loads((written["ply"] / "frames.json").read_text())
     assert manifest["fps"] == 30 and len(manifest["frames"]) == 2
@@ -145,10 +143,7 @@ def test_existing_outputs_are_a_conflict_and_stay_until_replaced(recon):
         export(recon, ["mp4", "ply"])
     assert contents(folder) == before
     export(recon, ["ply", "contact"], frames=2, overwrite=True)
-    assert (
-        "ply/fox_0003.ply" not in contents(folder)
-        and contents(folder)["contact.png"] != before["contact.png"]
-    )
+    assert "ply/fox_0003.ply" not in contents(folder) and contents(folder)["contact.png"] != before["contact.png"]
 
 
 def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
@@ -182,9 +177,7 @@ def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     for options, message in cases:
         with pytest.raises(InputError, match=re.escape(message)):
             export(recon, **options)
-    assert list(contents(recon)) == ["gaussians.safetensors"] and not list(
-        (tmp_path / "taken/contact.png").iterdir()
-    )
+    assert list(contents(recon)) == ["gaussians.safetensors"] and not list((tmp_path / "taken/contact.png").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(recon, monkeypatch):

@@ -86,11 +86,7 @@ def test_front_and_up_go_where_each_frame_says():
 def test_a_quarter_turn_about_z_has_the_quaternion_it_should():
     quarter = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]])
     gaussians = random_set(2, count=1, degree=0)
-    unturned = Gaussians3D(
-        gaussians.means, torch.tensor([[1.0, 0, 0, 0]]), *list(vars(gaussians).values())[2:]
-    )
+    unturned = Gaussians3D(gaussians.means, torch.tensor([[1.0, 0, 0, 0]]), *list(vars(gaussians).values())[2:])
     half = math.sqrt(0.5)
     torch.testing.assert_close(frames.rotate(unturned, quarter).quats, torch.tensor([[half, 0, 0, half]]))
-    torch.testing.assert_close(
-        quaternions(torch.from_numpy(quarter)[None]).float(), torch.tensor([[half, 0, 0, half]])
-    )
+    torch.testing.assert_close(quaternions(torch.from_numpy(quarter)[None]).float(), torch.tensor([[half, 0, 0, half]]))

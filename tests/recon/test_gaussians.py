@@ -89,7 +89,9 @@ def test_slice_agrees_with_finite_differences_in_time():
     assert torch.equal(before.scales, after.scales) and torch.equal(before.quats, after.quats)
 
 
-@pytest.mark.parametrize("name", ["means", "velocities", "times", "log_durations", "opacity_logits", "log_scales", "quats"])
+@pytest.mark.parametrize(
+    "name", ["means", "velocities", "times", "log_durations", "opacity_logits", "log_scales", "quats"]
+)
 def test_gradients_of_the_slice_agree_with_finite_differences(name):
     g = gaussians_4d(5).map(torch.Tensor.double)
     weights = torch.randn(5, 11, generator=torch.Generator().manual_seed(1), dtype=F64)

@@ -63,7 +63,16 @@ class FakeGsplat:
         assert viewmats.shape == (*batch, C, 4, 4)
         if call.get("backgrounds") is not None:
             assert call["backgrounds"].shape == (*batch, C, 3)
-        names = (*REQUIRED, "near_plane", "far_plane", "eps2d", "backgrounds", "render_mode", "rasterize_mode", "sh_degree")
+        names = (
+            *REQUIRED,
+            "near_plane",
+            "far_plane",
+            "eps2d",
+            "backgrounds",
+            "render_mode",
+            "rasterize_mode",
+            "sh_degree",
+        )
         chosen = {k: call[k] for k in names}
         if chosen["sh_degree"] is not None and batch:
             assert chosen["colors"].shape[:-2] == (*batch, N)

@@ -47,9 +47,7 @@ def splat_transform() -> list[str]:
         script = folder / PACKAGE / "bin" / "cli.mjs"
         if node and script.is_file():
             return [node, str(script)]
-    pytest.skip(
-        f"no splat-transform: not in $D2_SPLAT_TRANSFORM, on the PATH, in ./{PACKAGE} or npm's global folder"
-    )
+    pytest.skip(f"no splat-transform: not in $D2_SPLAT_TRANSFORM, on the PATH, in ./{PACKAGE} or npm's global folder")
 
 
 def assert_agree(raw: dict[str, np.ndarray], gaussians: Gaussians3D) -> None:
@@ -84,11 +82,7 @@ def test_splat_transform_reads_and_rewrites_the_values_that_were_written(tmp_pat
     def columns(*names: str) -> np.ndarray:
         return np.stack([np.asarray(vertex[name]) for name in names], -1)
 
-    rest = (
-        columns(*(f"f_rest_{k}" for k in range(3 * (gaussians.sh.shape[1] - 1))))
-        if gaussians.sh_degree
-        else None
-    )
+    rest = columns(*(f"f_rest_{k}" for k in range(3 * (gaussians.sh.shape[1] - 1)))) if gaussians.sh_degree else None
     channels = np.empty((COUNT, 3, 0)) if rest is None else rest.reshape(COUNT, 3, -1)
     dc = columns("f_dc_0", "f_dc_1", "f_dc_2")[:, None]
     raw = {

@@ -13,7 +13,18 @@ from d2.recon.raster import project as kernels
 from d2.recon.raster.tiles import _exp_negative
 
 W, H = 40, 44
-INPUTS = ("means", "quats", "scales", "opacities", "colors", "velocities", "times", "durations", "viewmats", "backgrounds")
+INPUTS = (
+    "means",
+    "quats",
+    "scales",
+    "opacities",
+    "colors",
+    "velocities",
+    "times",
+    "durations",
+    "viewmats",
+    "backgrounds",
+)
 
 
 def draw(backend: str, dtype: torch.dtype, *, mode="RGB+ED", kind="classic", sh_degree=None, count=60, size=(W, H)):
@@ -21,7 +32,9 @@ def draw(backend: str, dtype: torch.dtype, *, mode="RGB+ED", kind="classic", sh_
     leaves = {k: v.clone().to(dtype).requires_grad_() for k, v in gaussians(count).items()}
     if sh_degree is not None:
         g = torch.Generator().manual_seed(7)
-        leaves["colors"] = (0.4 * torch.randn(count, (sh_degree + 1) ** 2, 3, generator=g, dtype=torch.float64)).to(dtype)
+        leaves["colors"] = (0.4 * torch.randn(count, (sh_degree + 1) ** 2, 3, generator=g, dtype=torch.float64)).to(
+            dtype
+        )
         leaves["colors"].requires_grad_()
     move = motion(count, [0.3, 0.8])
     moving = {k: getattr(move, k).clone().to(dtype).requires_grad_() for k in ("velocities", "times", "durations")}
@@ -65,7 +78,9 @@ def test_kernels_equal_the_dense_twin_in_image_alpha_and_every_gradient(mode, ki
         assert_close(gradients[name], expected[name], 2e-4, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("name", ["means", "quats", "scales", "opacities", "velocities", "times", "durations", "viewmats"])
+@pytest.mark.parametrize(
+    "name", ["means", "quats", "scales", "opacities", "velocities", "times", "durations", "viewmats"]
+)
 def test_gradients_of_the_twin_equal_finite_differences(name):
     move = motion(6, [0.4])
     viewmat, K = camera(20, 18)

@@ -144,9 +144,7 @@ def test_the_framed_object_fills_the_picture_and_is_not_cut(width, height):
         assert max(np.ptp(rows), np.ptp(columns)) > 0.55 * min(width, height)
 
 
-@pytest.mark.parametrize(
-    ("frames", "fps", "expected"), [(25, 24, 100), (24, 24, 96), (240, 24, 240), (1, 24, 96)]
-)
+@pytest.mark.parametrize(("frames", "fps", "expected"), [(25, 24, 100), (24, 24, 96), (240, 24, 240), (1, 24, 96)])
 def test_a_turn_takes_whole_plays_of_the_clip(frames, fps, expected):
     times = np.linspace(0, 1, frames)
     moments = render.loop_times(times, fps)
@@ -157,9 +155,7 @@ def test_a_turn_takes_whole_plays_of_the_clip(frames, fps, expected):
 def test_the_turntable_turns_once_while_time_advances():
     moving = blobs([[0.0, -0.5, -0.2], [0.5, 0, -0.2]], [RED, GREEN], [[0.0, 0, 0.4], [0, 0, 0]])
     framed = render.Framing(np.zeros(3), 1.0)
-    pictures = list(
-        render.turntable(moving, render.loop_times([0.0, 1.0], 1), 64, 64, elevation=0, framed=framed)
-    )
+    pictures = list(render.turntable(moving, render.loop_times([0.0, 1.0], 1), 64, 64, elevation=0, framed=framed))
     assert len(pictures) == 4
     unit = [np.concatenate([p / 255, np.ones((64, 64, 1))], -1) for p in pictures]
     # A quarter turn takes the camera from the front to +x, where the front is on the left.
