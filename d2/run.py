@@ -33,14 +33,20 @@ class Run:
     @classmethod
     def create(cls, folder: str | Path, fps: float = 24.0) -> Self:
         """An empty run; raises ConflictError when the folder holds something already."""
+        cls.require_free(folder)
+        folder = Path(folder)
+        run = cls(folder, {"version": VERSION, "d2": __version__, "fps": fps, "stages": {}})
+        run._commit()
+        return run
+
+    @staticmethod
+    def require_free(folder: str | Path) -> None:
+        """Raises unless a new run can be created at `folder`: absent, or an empty folder."""
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{fileio.quoted(folder)} is a file; a run needs a folder")
         if folder.is_dir() and any(folder.iterdir()):
-            raise ConflictError(f"{fileio.quoted(folder)} is not empty; choose another --out or pass --overwrite")
-        run = cls(folder, {"version": VERSION, "d2": __version__, "fps": fps, "stages": {}})
-        run._commit()
-        return run
+            raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

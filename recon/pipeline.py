@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,20 +73,21 @@ def reconstruct(
     settings = configuration.load(ReconstructConfig, preset, sets=sets)
     place = choose_device(device)
     dataset.find_transforms(path)
-    run = _run_for(path, out, fps)
-    folder = run.folder / "recon" / plain_name(name)
-    fileio.require_space(run.folder, SPACE_NEEDED)
+    home = _home(path, out)
+    folder = home / "recon" / plain_name(name)
+    resume_command = _resume_command(path, home, name, preset, sets, overwrite)
+    target = _target(folder, settings, path, overwrite)
+    fileio.require_space(home, SPACE_NEEDED)
+    observer.message(f"Reading {path}")
+    data = dataset.load(path, size=settings.size or None)
+    run = Run.open(home) if is_run(home) else Run.create(home, fps if fps is not None else DEFAULT_FPS)
     with run.lock(), kernel_threads():
-        target = _beside(folder) if overwrite and _holds_work(folder) else folder
-        _refuse_conflict(run, target, name, settings, path)
-        observer.message(f"Reading {path}")
-        data = dataset.load(path, size=settings.size or None)
+        target = _target(folder, settings, path, overwrite)  # again: another process may have been here
         backend = choose_backend(place)
         observer.message(
             f"{len(data)} images, {data.width}×{data.height}; rasterizer: {backend.name} ({backend.reason})"
         )
-        job = _Job(run, target, settings, data, place, observer, should_stop, _resume_command(path, run, name, sets))
-        result = job.fit()
+        result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
         if target != folder:
             run.drop_stage(f"reconstruct:{name}")
             fileio.swap_folder(target, folder)
@@ -96,6 +96,7 @@ def reconstruct(
             "iterations": result.iteration,
             "gaussians": len(_best(result)),
             "config": configuration.digest(settings),
+            "dataset": {"name": path.resolve().name, "digest": data.digest()},
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
         run.commit_stage(f"reconstruct:{name}", record)
@@ -124,7 +125,6 @@ class _Job:
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
         state = self._resume() or self._start()
         data = self.data.to(self.device)
-        self.last_save = time.monotonic()
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames), "psnr": f"{state.best_psnr:.3f}"}
         _best(state).save(self.folder / MODEL, metadata)
@@ -144,6 +144,11 @@ class _Job:
             except InputError as error:
                 self.observer.message(f"Warning: {error}; trying an older one")
                 continue
+            if extra.get("data") != self.data.digest():
+                label = fileio.quoted(self.folder)
+                raise ConflictError(
+                    f"{label} was begun on other images or cameras; choose another --name or --overwrite"
+                )
             fileio.truncate(self.folder / "metrics.jsonl", int(extra["log_bytes"]))
             self.observer.message(f"Resuming at iteration {state.iteration}")
             return state
@@ -156,7 +161,8 @@ class _Job:
         self.observer.progress(progress, state.best_psnr)
         signum = self.should_stop()
         if progress.validated is not None or signum:
-            checkpoint.save(self.folder / "ckpt", state, {"log_bytes": log.stat().st_size if log.exists() else 0})
+            extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.data.digest()}
+            checkpoint.save(self.folder / "ckpt", state, extra)
         if signum:
             raise Stopped(
                 f"stopped at iteration {state.iteration}, all saved; go on with: {self.resume_command}",
@@ -185,49 +191,58 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _run_for(path: Path, out: str | Path | None, fps: float | None) -> Run:
-    """The run that takes the result: the input itself when it is one, else `out`, opened or created."""
-    if out is None and is_run(path):
-        return Run.open(path)
-    folder = Path(out) if out is not None else Path("runs") / path.resolve().name
-    if is_run(folder):
-        return Run.open(folder)
-    return Run.create(folder, fps if fps is not None else DEFAULT_FPS)
+def _home(path: Path, out: str | Path | None) -> Path:
+    """The run folder that takes the result: the input itself when it is one; checked, not yet created."""
+    home = (
+        path if out is None and is_run(path) else Path(out) if out is not None else Path("runs") / path.resolve().name
+    )
+    if not is_run(home):
+        Run.require_free(home)
+    elif Run.open(home).stage("generate") is None and home.resolve() == path.resolve():
+        label = fileio.quoted(path)
+        raise ConflictError(f"{label}: the generate stage is not finished; run d2 generate --resume first")
+    return home
 
 
-def _holds_work(folder: Path) -> bool:
-    return (folder / MODEL).exists() or bool(checkpoint.checkpoints(folder / "ckpt"))
+def _target(folder: Path, settings: ReconstructConfig, path: Path, overwrite: bool) -> Path:
+    """Where to work: `folder`, or beside it when it holds work that is to be replaced only after success.
 
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.new")
-
-
-def _refuse_conflict(run: Run, folder: Path, name: str, settings: ReconstructConfig, path: Path) -> None:
-    stage = run.stage("generate")
-    if is_run(path) and stage is None and path.resolve() == run.folder.resolve():
-        raise ConflictError(
-            f"{fileio.quoted(path)}: the generate stage is not finished; run d2 generate --resume first"
-        )
-    if (folder / MODEL).exists():
+    Raises ConflictError for finished work, and for unfinished work with another configuration.
+    """
+    finished, unfinished = (folder / MODEL).exists(), checkpoint.checkpoints(folder / "ckpt")
+    if overwrite and (finished or unfinished):
+        beside = folder.with_name(f".{folder.name}.new")
+        if _difference(beside, settings):  # left by an interrupted --overwrite of another kind
+            fileio.remove(beside)
+        return beside
+    if finished:
         raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
-    if checkpoint.checkpoints(folder / "ckpt"):
-        old = fileio.read_yaml(folder / "config.yaml")
-        difference = configuration.first_difference(
-            old if isinstance(old, dict) else {}, configuration.resolved(settings)
+    difference = _difference(folder, settings) if unfinished else None
+    if difference:
+        raise ConflictError(
+            f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
+            " repeat that one, choose another --name or pass --overwrite"
         )
-        if difference:
-            raise ConflictError(
-                f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
-                " repeat that one, choose another --name or pass --overwrite"
-            )
+    return folder
 
 
-def _resume_command(path: Path, run: Run, name: str, sets: tuple[str, ...]) -> str:
+def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
+    """The first field in which the configuration stored in `folder` differs, if one is stored."""
+    if not (folder / "config.yaml").exists():
+        return None
+    old = fileio.read_yaml(folder / "config.yaml")
+    return configuration.first_difference(old if isinstance(old, dict) else {}, configuration.resolved(settings))
+
+
+def _resume_command(
+    path: Path, home: Path, name: str, preset: str | Path, sets: tuple[str, ...], overwrite: bool
+) -> str:
     words = ["d2 reconstruct", fileio.quoted(path)]
-    if path.resolve() != run.folder.resolve():
-        words += ["--out", fileio.quoted(run.folder)]
-    return " ".join([*words, *(["--name", name] if name != "main" else []), *(f"--set {s}" for s in sets)])
+    words += [f"--out {fileio.quoted(home)}"] if path.resolve() != home.resolve() else []
+    words += [f"--name {name}"] if name != "main" else []
+    words += [f"--preset {preset}"] if str(preset) != "quality" else []
+    words += [f"--set {text}" for text in sets] + ["--overwrite"] * overwrite
+    return " ".join(words)
 
 
 def _log_record(progress: train.Progress) -> dict[str, Any]:
