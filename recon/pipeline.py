@@ -23,6 +23,10 @@ from d2.run import Run, is_run
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl
 SPACE_NEEDED = 64 * fileio.MB  # two checkpoints and a model of 100,000 Gaussians
 DEFAULT_FPS = 24.0
+FIRST_USE = {
+    "cpu": "its kernels compile on first use, about 20 s",
+    "gsplat": "its kernels build on first use, one or two minutes",
+}
 MODEL = "gaussians.safetensors"
 
 
@@ -84,9 +88,8 @@ def reconstruct(
     with run.lock(), kernel_threads():
         target = _target(folder, settings, path, overwrite)  # again: another process may have been here
         backend = choose_backend(place)
-        observer.message(
-            f"{len(data)} images, {data.width}×{data.height}; rasterizer: {backend.name} ({backend.reason})"
-        )
+        observer.message(f"{len(data)} images, {data.width}×{data.height}")
+        observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
         result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
         if target != folder:
             run.drop_stage(f"reconstruct:{name}")
