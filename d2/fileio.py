@@ -23,6 +23,7 @@ MB = 1 << 20
 JSON_CAP = 1 * MB  # bytes, for manifests and configs; transforms.json passes its own
 TRANSFORMS_CAP = 32 * MB
 SAFETENSORS_CAP = 16 << 30
+METADATA_KEY = "d2"  # of a safetensors file, holding one JSON object of texts
 MAX_NESTING = 32  # levels of lists and objects in a JSON or YAML file
 
 
@@ -51,7 +52,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out") from error
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out"
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -78,10 +81,14 @@ def write_yaml(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file; tensors are made contiguous on the CPU."""
+    """One safetensors file; tensors are made contiguous on the CPU.
+
+    Metadata goes under one key: safetensors writes several in random order, and equal content must give equal bytes.
+    """
     from safetensors.torch import save
 
-    atomic_write(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    packed = {METADATA_KEY: json.dumps(metadata or {}, sort_keys=True)}
+    atomic_write(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, packed))
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -97,6 +104,23 @@ def truncate(path: str | Path, size: int) -> None:
     """Cuts a log back to `size` bytes (used when a run resumes from an older checkpoint)."""
     with contextlib.suppress(FileNotFoundError):
         os.truncate(path, size)
+
+
+def create_exclusive(path: str | Path, data: bytes) -> bool:
+    """Creates `path` with its whole content if nothing has that name; False when something has."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.link(name, path)  # atomic, and fails when the name is taken
+        return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        os.unlink(name)
 
 
 def remove(path: str | Path) -> None:
@@ -202,15 +226,16 @@ def parse_yaml(text: str, label: str) -> Any:
 
 
 def read_tensors(path: str | Path, cap: int = SAFETENSORS_CAP) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, its header checked first. Raises InputError."""
+    """Tensors, and the metadata that `write_tensors` put there, its header checked first. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     _check_safetensors_header(Path(path), cap)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            return tensors, {str(k): str(v) for k, v in metadata.items()}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise InputError(f"{quoted(path)} is not a valid safetensors file: {str(error)[:300]}") from error
 
 

@@ -1,0 +1,79 @@
+"""The `d2` command: its subcommands, and the one border where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+
+import typer
+
+from d2 import __version__
+from d2.cli import bench, doctor, export, reconstruct
+from d2.errors import D2Error
+
+app = typer.Typer(
+    name="d2",
+    help="Image, single-view video or static 3D asset in, 4D asset out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(reconstruct.reconstruct)
+app.command()(export.export)
+app.add_typer(bench.app, name="bench")
+app.command()(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Print the traceback of an error."),
+) -> None:
+    """Image, single-view video or static 3D asset in, 4D asset out."""
+    if version:
+        typer.echo(f"d2 {__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Runs the command line; what escapes a command ends here."""
+    try:
+        app()
+    except D2Error as error:
+        _fail(f"error: {error}", error.exit_code)
+    except MemoryError as error:
+        _fail(f"error: out of memory: {error or 'use a smaller --set size or fewer Gaussians'}", 5)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+            _fail(f"error: out of memory: {error}", 5)
+        _fail(f"internal error: {type(error).__name__}: {error} (details in {_log_traceback()})", 1)
+
+
+def _fail(line: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        traceback.print_exc()
+    text = " ".join(line.split())
+    print(
+        text.encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(sys.stderr.encoding or "ascii"),
+        file=sys.stderr,
+    )
+    raise SystemExit(code)
+
+
+def _log_traceback() -> str:
+    from d2 import fileio
+
+    path = os.path.join(tempfile.gettempdir(), f"d2-{os.getpid()}.log")
+    fileio.atomic_write(path, traceback.format_exc().encode())
+    return path
+
+
+if __name__ == "__main__":
+    main()

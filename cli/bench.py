@@ -1,0 +1,41 @@
+"""`d2 bench`: measurements on the user's own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(help="Measure quality and speed on your own data.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure quality and speed on your own data."""
+
+
+@app.command()
+def reconstruct(
+    dataset: Path = typer.Argument(help="A folder with transforms_train.json and transforms_test.json."),
+    size: int = typer.Option(128, min=8, max=4096, help="Longer image side in pixels, area-filtered."),
+    seconds: float = typer.Option(120.0, min=0.1, help="Training time; compilation and initialisation come on top."),
+    preset: str = typer.Option("quality", help="quality, fast, or a YAML file of fields."),
+    set: list[str] = typer.Option([], "--set", help="field=value; repeatable."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    out: Path | None = typer.Option(None, help="Folder for the model and a sheet of the worst test views."),
+    quiet: bool = typer.Option(False, help="No progress."),
+    json: bool = typer.Option(False, help="One JSON object on stdout."),
+) -> None:
+    """Train on one set of views, report on the other."""
+    from d2.cli import report
+    from d2.recon import benchmark
+
+    with report.observer(quiet) as observer:
+        result = benchmark.reconstruct(dataset, size, seconds, preset, tuple(set), device, out, observer)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(result))
+        return
+    for key, value in result.items():
+        typer.echo(f"{key:>16}  {value}")

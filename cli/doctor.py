@@ -1,0 +1,23 @@
+"""`d2 doctor`: what works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import typer
+
+
+def doctor(json: bool = typer.Option(False, help="Print one JSON object.")) -> None:
+    """Show what works on this machine: torch, CUDA, rasterizer, video, optional extras."""
+    from d2 import machine
+
+    checks = machine.checks()
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps({check.name: check._asdict() for check in checks}))
+        return
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark = "ok" if check.ok else ("--" if check.optional else "NO")
+        typer.echo(f"{mark}  {check.name:<{width}}  {check.detail}")
+    if not all(check.ok or check.optional for check in checks):
+        raise typer.Exit(4)

@@ -1,0 +1,189 @@
+"""Run: the run folder, its manifest, lock and stages; a stage is done when the manifest says so, written last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from d2 import __version__, fileio, images
+from d2.camera import Rig
+from d2.errors import ConflictError, InputError
+from d2.matrix import ImageMatrix, cell_path
+
+MANIFEST = "run.json"
+TRANSFORMS = "transforms.json"
+LOCK = ".lock"
+VERSION = 1
+
+
+class Run:
+    """A folder with run.json; the only writer in it."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def create(cls, folder: str | Path, fps: float = 24.0) -> Self:
+        """An empty run; raises ConflictError when the folder holds something already."""
+        cls.require_free(folder)
+        folder = Path(folder)
+        run = cls(folder, {"version": VERSION, "d2": __version__, "fps": fps, "stages": {}})
+        run._commit()
+        return run
+
+    @staticmethod
+    def require_free(folder: str | Path) -> None:
+        """Raises unless a new run can be created at `folder`: absent, or an empty folder."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{fileio.quoted(folder)} is a file; a run needs a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Reads run.json; raises InputError for a damaged one or one of a newer d2."""
+        folder = Path(folder)
+        manifest = fileio.read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+            raise InputError(f"{fileio.quoted(folder / MANIFEST)} is not a run manifest")
+        version = manifest.get("version")
+        if version != VERSION:
+            raise InputError(
+                f"{fileio.quoted(folder)} has run format {version!r}; this d2 {__version__} reads {VERSION}"
+            )
+        fps = manifest.get("fps")
+        if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= 1000:
+            raise InputError(f"{fileio.quoted(folder / MANIFEST)}: fps must be in 0..1000, got {fps!r}")
+        if not all(isinstance(stage, dict) for stage in manifest["stages"].values()):
+            raise InputError(f"{fileio.quoted(folder / MANIFEST)}: every stage must be an object")
+        return cls(folder, manifest)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second at which the asset plays."""
+        return float(self.manifest["fps"])
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """What a stage recorded when it was committed, or None."""
+        return self.manifest["stages"].get(name)
+
+    def commit_stage(self, name: str, record: dict[str, Any]) -> None:
+        """Marks a stage done; its files must all be on disk already."""
+        self.manifest["stages"][name] = record
+        self._commit()
+
+    def drop_stage(self, name: str) -> None:
+        """Marks a stage not done (before its files are replaced)."""
+        if self.manifest["stages"].pop(name, None) is not None:
+            self._commit()
+
+    def write_matrix(
+        self, cell: Callable[[int, int], np.ndarray], frames: int, rig: Rig, record: dict[str, Any]
+    ) -> None:
+        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done."""
+        views = len(rig.azimuth)
+        digests = {}
+        for v in range(views):
+            for f in range(frames):
+                path = self.folder / cell_path(v, f)
+                images.write_png(path, cell(v, f))
+                digests[cell_path(v, f)] = fileio.sha256(path)
+        fileio.write_json(self.folder / TRANSFORMS, transforms(rig, frames))
+        self.commit_stage("generate", record | {"views": views, "frames": frames, "files": digests})
+
+    def matrix(self) -> ImageMatrix:
+        """The images of a finished generate stage. Raises ConflictError when there is none."""
+        stage = self.stage("generate")
+        if stage is None:
+            raise ConflictError(f"{fileio.quoted(self.folder)} has no finished matrix; run d2 generate --resume first")
+        return ImageMatrix(self.folder, int(stage["views"]), int(stage["frames"]))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for one process; a dead owner's lock is taken over. Raises ConflictError."""
+        path = self.folder / LOCK
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
+        while not fileio.create_exclusive(path, json.dumps(mine).encode()):
+            owner = _lock_owner(path)
+            if owner is not None and _alive(owner):
+                where = f"pid {owner.get('pid')} on {owner.get('host')}"
+                raise ConflictError(f"{fileio.quoted(self.folder)} is locked by {where}")
+            fileio.remove(path)
+        try:
+            yield
+        finally:
+            fileio.remove(path)
+
+    def _commit(self) -> None:
+        fileio.write_json(self.folder / MANIFEST, self.manifest)
+
+
+def transforms(rig: Rig, frames: int) -> dict[str, Any]:
+    """The content of transforms.json: nerfstudio's layout plus time, view and frame of every image."""
+    c2w = rig.c2w
+    return {
+        "camera_model": "OPENCV",
+        "orientation_override": "none",
+        "w": rig.width,
+        "h": rig.height,
+        "fl_x": rig.focal,
+        "fl_y": rig.focal,
+        "cx": rig.width / 2,
+        "cy": rig.height / 2,
+        "frames": [
+            {
+                "file_path": cell_path(v, f),
+                "transform_matrix": c2w[v].tolist(),
+                "time": frame_time(f, frames),
+                "view": v,
+                "frame": f,
+            }
+            for v in range(len(c2w))
+            for f in range(frames)
+        ],
+    }
+
+
+def frame_time(frame: int, frames: int) -> float:
+    """Time of a frame in 0..1: the first at 0, the last at 1."""
+    return frame / (frames - 1) if frames > 1 else 0.0
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run manifest."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def _lock_owner(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock; None when the file is gone or was never finished."""
+    try:
+        owner = fileio.read_json(path, cap=4096)
+    except InputError:
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    if owner.get("host") != socket.gethostname():
+        return True  # cannot be asked from here
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

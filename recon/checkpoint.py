@@ -1,0 +1,85 @@
+"""Checkpoints of a reconstruction: the whole training state in one safetensors file; two are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from d2 import fileio
+from d2.errors import InputError
+from d2.recon import densify
+from d2.recon.gaussians import Gaussians4D
+from d2.recon.train import State, state_of
+
+KEEP = 2
+FORMAT = "d2-reconstruct-state-1"
+_NAME = re.compile(r"step_(\d{8})\.safetensors")
+
+
+def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
+    """Writes step_<iteration>.safetensors, then removes all but the newest KEEP. `extra` comes back from load."""
+    tensors = {f"gaussians.{name}": tensor for name, tensor in state.gaussians.tensors().items()}
+    steps = {}
+    for group in state.adam.param_groups:
+        moments = state.adam.state.get(group["params"][0])
+        if moments:
+            tensors[f"adam.{group['name']}.exp_avg"] = moments["exp_avg"]
+            tensors[f"adam.{group['name']}.exp_avg_sq"] = moments["exp_avg_sq"]
+            steps[group["name"]] = float(moments["step"])
+    tensors |= {"stats.total": state.stats.total, "stats.seen": state.stats.seen}
+    if state.best is not None:
+        tensors |= {f"best.{name}": tensor for name, tensor in state.best.tensors().items()}
+    scalars = {
+        "iteration": state.iteration,
+        "half_side": state.half_side,
+        "best_psnr": state.best_psnr,
+        "adam_steps": steps,
+        "extra": extra,
+    }
+    path = folder / f"step_{state.iteration:08d}.safetensors"
+    fileio.write_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(scalars)})
+    for old in checkpoints(folder)[:-KEEP]:
+        fileio.remove(old)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Existing checkpoints, oldest first, by the step in their name."""
+    return sorted((p for p in folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)), key=lambda p: p.name)
+
+
+def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int | str]]:
+    """The state as it was saved, bit for bit. Raises InputError when the file is damaged."""
+    tensors, metadata = fileio.read_tensors(path)
+    try:
+        if metadata["format"] != FORMAT:
+            raise InputError(f"{fileio.quoted(path)} is not a checkpoint of this d2")
+        scalars = json.loads(metadata["state"])
+        gaussians = Gaussians4D.checked(_under(tensors, "gaussians."), str(path)).map(lambda x: x.to(device))
+        state = state_of(gaussians, float(scalars["half_side"]))
+        state.iteration, state.best_psnr = int(scalars["iteration"]), float(scalars["best_psnr"])
+        for group in state.adam.param_groups:
+            name = group["name"]
+            if name in scalars["adam_steps"]:
+                state.adam.state[group["params"][0]] = {
+                    "step": torch.tensor(scalars["adam_steps"][name], device=device),
+                    "exp_avg": tensors[f"adam.{name}.exp_avg"].to(device),
+                    "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"].to(device),
+                }
+        state.stats = densify.GradientStats(len(gaussians), device)
+        state.stats.total, state.stats.seen = (
+            tensors["stats.total"].to(device),
+            tensors["stats.seen"].to(device),
+        )
+        best = _under(tensors, "best.")
+        state.best = Gaussians4D.checked(best, str(path)).map(lambda x: x.to(device)) if best else None
+        return state, dict(scalars["extra"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: {error}") from error
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

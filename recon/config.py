@@ -1,0 +1,45 @@
+"""Every knob of stage 2, with its default, unit and range."""
+
+from __future__ import annotations
+
+from d2.config import config, option
+
+
+@config
+class ReconstructConfig:
+    """Learning rates are for a scene whose half side is 1 and are scaled with it; fractions are of the whole run."""
+
+    iterations: int = option(12000, "optimisation steps", ge=1, le=10_000_000)
+    seed: int = option(0, "seed of everything random", ge=0, lt=2**63)
+    size: int = option(0, "longer side in pixels that images are filtered to; 0 = as they are", ge=0, le=8192)
+    pairs: int = option(1, "(view, time) pairs a step", ge=1, le=64)
+    sh_degree: int = option(0, "degree of the spherical harmonics", ge=0, le=3)
+    antialiased: bool = option(False, "rasterize with the Mip-Splatting opacity compensation")
+    coarse_until: float = option(0.0, "fraction of the run at half resolution", ge=0, le=1)
+
+    start_gaussians: int = option(6000, "Gaussians to start with", ge=1, le=10_000_000)
+    max_gaussians: int = option(20000, "Gaussians to grow to", ge=1, le=50_000_000)
+    start_duration: float = option(0.3, "standard deviation in time to start with, of the clip", gt=0, le=100)
+    grow_from: float = option(0.03, "fraction of the run at which growing starts", ge=0, le=1)
+    grow_until: float = option(0.5, "fraction of the run at which growing ends", ge=0, le=1)
+    grow_every: int = option(200, "steps between two rounds of prune and grow", ge=1)
+    prune_opacity: float = option(0.01, "a Gaussian fainter than this at its best moment goes", ge=0, lt=1)
+
+    ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
+    mask_weight: float = option(0.1, "weight of the alpha loss", ge=0)
+    duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)
+    opacity_weight: float = option(0.0, "weight of the mean opacity", ge=0)
+    scale_weight: float = option(0.0, "weight of the mean scale over the scene's half side", ge=0)
+
+    lr_means: float = option(1.6e-3, "learning rate of positions", ge=0)
+    lr_velocities: float = option(3e-3, "learning rate of velocities", ge=0)
+    lr_times: float = option(1e-3, "learning rate of times", ge=0)
+    lr_durations: float = option(1e-2, "learning rate of log durations", ge=0)
+    lr_quats: float = option(4e-3, "learning rate of rotations", ge=0)
+    lr_scales: float = option(1e-2, "learning rate of log scales", ge=0)
+    lr_opacities: float = option(3e-2, "learning rate of opacity logits", ge=0)
+    lr_sh: float = option(5e-3, "learning rate of colour (higher degrees a twentieth)", ge=0)
+    lr_end: float = option(0.1, "what all learning rates decay to, as a fraction", gt=0, le=1)
+
+    holdout: int = option(12, "cells kept from training to choose the best model by", ge=0)
+    validate_every: int = option(1000, "steps between two validations and checkpoints", ge=1)

@@ -1,0 +1,273 @@
+"""Stage 2 from folder to folder: dataset in, 4D Gaussians, metrics and checkpoints out; wires everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2 import config as configuration
+from d2 import fileio
+from d2.errors import ConflictError, InputError, SetupError, Stopped
+from d2.recon import checkpoint, dataset, train
+from d2.recon.config import ReconstructConfig
+from d2.recon.raster import choose_backend
+from d2.run import Run, is_run
+
+LOG_EVERY = 100  # steps between two lines of metrics.jsonl
+SPACE_NEEDED = 64 * fileio.MB  # two checkpoints and a model of 100,000 Gaussians
+DEFAULT_FPS = 24.0
+FIRST_USE = {
+    "cpu": "its kernels compile on first use, about 20 s",
+    "gsplat": "its kernels build on first use, one or two minutes",
+}
+MODEL = "gaussians.safetensors"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` made and how good it is."""
+
+    folder: Path
+    model: Path  # gaussians.safetensors
+    psnr: float  # dB on held-out cells
+    gaussians: int
+    iterations: int
+    seconds: float
+
+
+class Observer:
+    """Told what happens; the command line draws a progress bar from it."""
+
+    def message(self, text: str) -> None: ...
+
+    def progress(self, progress: train.Progress, best_psnr: float) -> None: ...
+
+
+def reconstruct(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    name: str = "main",
+    preset: str | Path = "quality",
+    sets: tuple[str, ...] = (),
+    device: str = "auto",
+    overwrite: bool = False,
+    fps: float | None = None,
+    observer: Observer | None = None,
+    should_stop: Callable[[], int] = lambda: 0,
+) -> Reconstruction:
+    """Fits 4D Gaussians to a run folder, or to any folder with a transforms.json.
+
+    Writes `<run>/recon/<name>/`: config.yaml, metrics.jsonl, ckpt/ and gaussians.safetensors.  A dataset of the
+    user's own is never written to: its run folder is `out`, by default runs/<dataset name>.  An unfinished
+    reconstruction with the same configuration is resumed, bit for bit on CPU; another one, or a finished one, raises
+    ConflictError unless `overwrite`, which replaces it only after success.  `should_stop()` returns a signal
+    number to end early with everything saved (raises Stopped).  Raises InputError, SetupError, ResourceError,
+    NumericalError; see their docstrings.
+    """
+    observer = observer or Observer()
+    path = Path(path)
+    settings = configuration.load(ReconstructConfig, preset, sets=sets)
+    place = choose_device(device)
+    dataset.find_transforms(path)
+    home = _home(path, out)
+    folder = home / "recon" / plain_name(name)
+    resume_command = _resume_command(path, home, name, preset, sets, overwrite)
+    target = _target(folder, settings, path, overwrite)
+    fileio.require_space(home, SPACE_NEEDED)
+    observer.message(f"Reading {path}")
+    data = dataset.load(path, size=settings.size or None)
+    run = Run.open(home) if is_run(home) else Run.create(home, fps if fps is not None else DEFAULT_FPS)
+    with run.lock(), kernel_threads():
+        target = _target(folder, settings, path, overwrite)  # again: another process may have been here
+        backend = choose_backend(place)
+        observer.message(f"{len(data)} images, {data.width}×{data.height}")
+        observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
+        result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
+        if target != folder:
+            run.drop_stage(f"reconstruct:{name}")
+            fileio.swap_folder(target, folder)
+        record = {
+            "psnr": result.best_psnr,
+            "iterations": result.iteration,
+            "gaussians": len(_best(result)),
+            "config": configuration.digest(settings),
+            "dataset": {"name": path.resolve().name, "digest": data.digest()},
+            "files": {MODEL: fileio.sha256(folder / MODEL)},
+        }
+        run.commit_stage(f"reconstruct:{name}", record)
+    return Reconstruction(
+        folder,
+        folder / MODEL,
+        result.best_psnr,
+        len(_best(result)),
+        result.iteration,
+        sum(result.seconds.values()),
+    )
+
+
+@dataclass
+class _Job:
+    run: Run
+    folder: Path
+    settings: ReconstructConfig
+    data: dataset.Dataset
+    device: torch.device
+    observer: Observer
+    should_stop: Callable[[], int]
+    resume_command: str
+
+    def fit(self) -> train.State:
+        fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
+        state = self._resume() or self._start()
+        data = self.data.to(self.device)
+        train.fit(state, data, self.settings, self._after_step)
+        metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames), "psnr": f"{state.best_psnr:.3f}"}
+        _best(state).save(self.folder / MODEL, metadata)
+        return state
+
+    def _start(self) -> train.State:
+        self.observer.message(
+            "Carving the visual hull" if self.data.has_alpha else "No alpha: starting from random points"
+        )
+        fileio.remove(self.folder / "metrics.jsonl")
+        return train.start(self.data, self.settings, self.device)
+
+    def _resume(self) -> train.State | None:
+        for path in reversed(checkpoint.checkpoints(self.folder / "ckpt")):
+            try:
+                state, extra = checkpoint.load(path, self.device)
+            except InputError as error:
+                self.observer.message(f"Warning: {error}; trying an older one")
+                continue
+            if extra.get("data") != self.data.digest():
+                label = fileio.quoted(self.folder)
+                raise ConflictError(
+                    f"{label} was begun on other images or cameras; choose another --name or --overwrite"
+                )
+            fileio.truncate(self.folder / "metrics.jsonl", int(extra["log_bytes"]))
+            self.observer.message(f"Resuming at iteration {state.iteration}")
+            return state
+        return None
+
+    def _after_step(self, state: train.State, progress: train.Progress) -> None:
+        log = self.folder / "metrics.jsonl"
+        if progress.validated is not None or state.iteration % LOG_EVERY == 0:
+            fileio.append_line(log, json.dumps(_log_record(progress), allow_nan=False))
+        self.observer.progress(progress, state.best_psnr)
+        signum = self.should_stop()
+        if progress.validated is not None or signum:
+            extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.data.digest()}
+            checkpoint.save(self.folder / "ckpt", state, extra)
+        if signum:
+            raise Stopped(
+                f"stopped at iteration {state.iteration}, all saved; go on with: {self.resume_command}",
+                signum,
+            )
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where torch sees a GPU. Raises SetupError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise SetupError(f"--device {name}: torch {torch.__version__} sees no such GPU; use --device cpu")
+    choose_backend(device)
+    return device
+
+
+def plain_name(name: str) -> str:
+    """A reconstruction's name, refused when it is not a plain file name."""
+    if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>|') or not name.isprintable():
+        raise InputError(f"--name {name!r}: expected a plain file name")
+    return name
+
+
+def _home(path: Path, out: str | Path | None) -> Path:
+    """The run folder that takes the result: the input itself when it is one; checked, not yet created."""
+    home = (
+        path if out is None and is_run(path) else Path(out) if out is not None else Path("runs") / path.resolve().name
+    )
+    if not is_run(home):
+        Run.require_free(home)
+    elif Run.open(home).stage("generate") is None and home.resolve() == path.resolve():
+        label = fileio.quoted(path)
+        raise ConflictError(f"{label}: the generate stage is not finished; run d2 generate --resume first")
+    return home
+
+
+def _target(folder: Path, settings: ReconstructConfig, path: Path, overwrite: bool) -> Path:
+    """Where to work: `folder`, or beside it when it holds work that is to be replaced only after success.
+
+    Raises ConflictError for finished work, and for unfinished work with another configuration.
+    """
+    finished, unfinished = (folder / MODEL).exists(), checkpoint.checkpoints(folder / "ckpt")
+    if overwrite and (finished or unfinished):
+        beside = folder.with_name(f".{folder.name}.new")
+        if _difference(beside, settings):  # left by an interrupted --overwrite of another kind
+            fileio.remove(beside)
+        return beside
+    if finished:
+        raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
+    difference = _difference(folder, settings) if unfinished else None
+    if difference:
+        raise ConflictError(
+            f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
+            " repeat that one, choose another --name or pass --overwrite"
+        )
+    return folder
+
+
+def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
+    """The first field in which the configuration stored in `folder` differs, if one is stored."""
+    if not (folder / "config.yaml").exists():
+        return None
+    old = fileio.read_yaml(folder / "config.yaml")
+    return configuration.first_difference(old if isinstance(old, dict) else {}, configuration.resolved(settings))
+
+
+def _resume_command(
+    path: Path, home: Path, name: str, preset: str | Path, sets: tuple[str, ...], overwrite: bool
+) -> str:
+    words = ["d2 reconstruct", fileio.quoted(path)]
+    words += [f"--out {fileio.quoted(home)}"] if path.resolve() != home.resolve() else []
+    words += [f"--name {name}"] if name != "main" else []
+    words += [f"--preset {preset}"] if str(preset) != "quality" else []
+    words += [f"--set {text}" for text in sets] + ["--overwrite"] * overwrite
+    return " ".join(words)
+
+
+def _log_record(progress: train.Progress) -> dict[str, Any]:
+    loss = float(progress.loss)
+    record: dict[str, Any] = {"iteration": progress.iteration, "loss": loss if math.isfinite(loss) else None}
+    record["gaussians"] = progress.gaussians
+    if progress.validated is not None:
+        record |= {"psnr_heldout": round(progress.validated, 4), "best": progress.is_best}
+    return record
+
+
+def _best(state: train.State):
+    assert state.best is not None
+    return state.best
+
+
+@contextlib.contextmanager
+def kernel_threads() -> Iterator[None]:
+    """One torch thread while the numba kernels have them all: two pools on one set of cores cost 5×."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
