@@ -34,15 +34,11 @@ SETTINGS = [
     for steps in counts
 ]
 SETTINGS += [{"method": m, "vrs": v, "steps": 50} for m in ("euler", "heun") for v in ("reference", "exact")]
-SETTINGS += [
-    {"method": "heun", "vrs": "off", "steps": 50, "composition": c} for c in ("linear", "cosine", "logistic")
-]
+SETTINGS += [{"method": "heun", "vrs": "off", "steps": 50, "composition": c} for c in ("linear", "cosine", "logistic")]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Samplers and schedules against the exact composed distribution."
-    )
+    parser = argparse.ArgumentParser(description="Samplers and schedules against the exact composed distribution.")
     parser.add_argument("--out", type=Path, help="also writes the table as JSON")
     args = parser.parse_args(argv)
     rows = [measure(setting) for setting in SETTINGS]

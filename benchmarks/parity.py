@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, error, tolerance in replay(file):
                 ok = error <= tolerance
                 all_ok &= ok
-                print(
-                    json.dumps({"check": f"{file.stem}/{name}", "max_rel_err": error, "ok": ok}), flush=True
-                )
+                print(json.dumps({"check": f"{file.stem}/{name}", "max_rel_err": error, "ok": ok}), flush=True)
         except (D2Error, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             all_ok = False
             reason = f"{type(error).__name__}: {error}"[:500]
@@ -220,9 +218,7 @@ class RecordedNetwork(nn.Module):
     def project_context(self, context: Tensor, T: int) -> Any:
         return [[(context, context)]]
 
-    def forward(
-        self, inputs: Tensor, c_noise: Tensor, tokens: Any, vector: Tensor, T: int, blend: Any
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, c_noise: Tensor, tokens: Any, vector: Tensor, T: int, blend: Any) -> Tensor:
         k = self.coefficients
         x, concat = inputs.chunk(2, dim=1)
         clips = rearrange(x, "(b t) c h w -> b t c h w", t=T)
@@ -334,9 +330,7 @@ def schedule_checks(info: dict[str, Any], io: Tensors) -> Iterator[Check]:
     for name in (n for n in io if n.startswith("scale_")):
         kind: Any = name.removeprefix("scale_").removesuffix("_out")
         bounds = s["scale"], s["scale_min"], s["scale_max"], s["scale_k"]
-        values = [
-            composition_scale(kind, progress(i, s["num_steps"]), *bounds) for i in range(s["num_steps"])
-        ]
+        values = [composition_scale(kind, progress(i, s["num_steps"]), *bounds) for i in range(s["num_steps"])]
         yield name, torch.tensor(values, dtype=torch.float64), io[name]
 
 
@@ -385,9 +379,7 @@ def preprocess_checks(folder: Path, info: dict[str, Any]) -> Iterator[Check]:
     for name, case in info["cases"].items():
         with Image.open(folder / f"{name}_in.png") as given, Image.open(folder / f"{name}_out.png") as made:
             recorded = torch.from_numpy(np.asarray(made.convert("RGB")).astype(np.float32))
-            ours = frame_picture(
-                given.convert("RGBA"), case["image_frame_ratio"], case["video"], len(recorded)
-            )
+            ours = frame_picture(given.convert("RGBA"), case["image_frame_ratio"], case["video"], len(recorded))
         yield name, torch.from_numpy(ours.astype(np.float32)), recorded
 
 

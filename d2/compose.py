@@ -35,9 +35,7 @@ def weights(
     return Weights(1 - frame, frame)
 
 
-def needed(
-    weights: Weights, unconditional: Unconditional
-) -> tuple[bool, bool]:  # the view model, the frame model
+def needed(weights: Weights, unconditional: Unconditional) -> tuple[bool, bool]:  # the view model, the frame model
     """Which models have to be evaluated: those with a weight, and one that lends the other its guess."""
     view, frame = bool(weights.view.any()), bool(weights.frame.any())
     lends_view = frame and unconditional in ("sv3d", "mean")

@@ -92,9 +92,7 @@ class UNetDenoiser:
     @torch.no_grad()
     def prepare(self, cond: Conditioning) -> Conditioning:
         """With what the network's cross-attention takes from the single CLIP token."""
-        return cond.with_tokens(
-            self.unet.project_context(cond.crossattn.flatten(0, 1), cond.crossattn.shape[1])
-        )
+        return cond.with_tokens(self.unet.project_context(cond.crossattn.flatten(0, 1), cond.crossattn.shape[1]))
 
 
 class AnalyticDenoiser:

@@ -53,9 +53,7 @@ class SamplerConfig:
     scale_min: float = option(0.0, "weight at the end of a falling schedule", ge=0, le=1)
     scale_max: float = option(1.0, "weight at the start of a falling schedule", ge=0, le=1)
     scale_k: float = option(15.0, "steepness of a logistic schedule", gt=0, le=1000)
-    svd_only_from: float | None = option(
-        None, "progress 0..1 after which the frame model alone counts", ge=-1, le=1
-    )
+    svd_only_from: float | None = option(None, "progress 0..1 after which the frame model alone counts", ge=-1, le=1)
     uc_type: Unconditional = option("default", "whose unconditional estimate both models use")
     svd_cfg_warmup: bool = option(False, "let the frame model's guidance rise from 1 over the steps")
     view_guidance_min: float = option(2.5, "guidance at the input view", ge=0, le=100)
@@ -73,9 +71,7 @@ class SamplerConfig:
     )
     freeinit_references: int = option(1, "how often the references are sampled (FreeInit)", ge=1, le=10)
     freeinit_matrix: int = option(1, "how often the matrix is sampled (FreeInit)", ge=1, le=10)
-    freeinit_filter: Filter = option(
-        "butterworth", "which low frequencies are kept from one time to the next"
-    )
+    freeinit_filter: Filter = option("butterworth", "which low frequencies are kept from one time to the next")
     freeinit_order: int = option(4, "order of the Butterworth filter", ge=1, le=20)
     freeinit_stop_space: float = option(0.25, "stop frequency over height and width, 1 = Nyquist", ge=0, le=1)
     freeinit_stop_time: float = option(0.25, "stop frequency over views and frames", ge=0, le=1)
@@ -234,9 +230,7 @@ def finite(estimate: Estimate, model: str, step: int) -> Estimate:
     for part in estimate:
         if not part.isfinite().all():
             v, f = (int(i) for i in part.isfinite().flatten(2).all(2).logical_not().nonzero()[0])
-            raise NumericalError(
-                f"the {model} model's estimate of view {v}, frame {f} is not finite in step {step}"
-            )
+            raise NumericalError(f"the {model} model's estimate of view {v}, frame {f} is not finite in step {step}")
     return estimate
 
 

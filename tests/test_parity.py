@@ -44,9 +44,7 @@ def test_every_recorded_output_of_the_reference_is_met(fixtures, parity, capsys)
     assert parity.main([str(fixtures / "stage1"), str(fixtures / "preprocess")]) == 0
     checks = lines(capsys)
     assert all(check["ok"] for check in checks)
-    assert all(
-        check["max_rel_err"] <= 1e-5 for check in checks if not check["check"].startswith("preprocess")
-    )
+    assert all(check["max_rel_err"] <= 1e-5 for check in checks if not check["check"].startswith("preprocess"))
     for part in (
         "unet_svd/raw",
         "unet_sv3d/guided_hi",
@@ -99,12 +97,9 @@ def recorded_joint(V, F, steps):
         x = lines_ / math.sqrt(1 + sigma**2)
         on = float(conditional)
         concat, token, vector = (
-            rearrange(io[f"{net}_{name}"], "(n t) ... -> n t ...", t=T)
-            for name in ("concat", "crossattn", "vector")
+            rearrange(io[f"{net}_{name}"], "(n t) ... -> n t ...", t=T) for name in ("concat", "crossattn", "vector")
         )
-        level = (
-            k["v"] * vector.mean(-1) + on * k["c"] * token.mean((-2, -1)) + k["n"] * 0.25 * math.log(sigma)
-        )
+        level = k["v"] * vector.mean(-1) + on * k["c"] * token.mean((-2, -1)) + k["n"] * 0.25 * math.log(sigma)
         out = k["a"] * x + k["m"] * x.mean(1, keepdim=True) + k["d"] * x.roll(1, 1) + on * k["p"] * concat
         out = out + level[..., None, None, None]
         return lines_ / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * out

@@ -162,9 +162,7 @@ def run(config, views, frames, shape=(V, F), callback=lambda state: None, state=
     def noise(step):
         return matrix_noise(0, "renoise", step, views_of, frames_of, (4, 2, 2))
 
-    start = starting_point(
-        matrix_noise(0, "start", 0, views_of, frames_of, (4, 2, 2)), worked_out.sigmas[0].item()
-    )
+    start = starting_point(matrix_noise(0, "start", 0, views_of, frames_of, (4, 2, 2)), worked_out.sigmas[0].item())
     return sample_matrix(state or State(start), worked_out, views, frames, noise, callback)
 
 

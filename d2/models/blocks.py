@@ -47,9 +47,7 @@ class Mix(nn.Module):
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice, around a skip; over (h, w) or, with a 3D kernel, (t, h, w)."""
 
-    def __init__(
-        self, channels: int, out_channels: int, emb_channels: int | None, kernel: tuple[int, ...]
-    ) -> None:
+    def __init__(self, channels: int, out_channels: int, emb_channels: int | None, kernel: tuple[int, ...]) -> None:
         super().__init__()
         conv = nn.Conv2d if len(kernel) == 2 else nn.Conv3d
         padding = tuple(k // 2 for k in kernel)
@@ -84,9 +82,7 @@ class ResBlock(nn.Module):
 class VideoResBlock(ResBlock):
     """A spatial ResBlock followed by a temporal one, mixed."""
 
-    def __init__(
-        self, channels: int, out_channels: int, emb_channels: int, kernel: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(channels, out_channels, emb_channels, (3, 3))
         self.time_stack = ResBlock(out_channels, out_channels, emb_channels, kernel)
         self.time_mixer = Mix()

@@ -62,10 +62,7 @@ class VisionTransformer(nn.Module):
         x: Tensor,  # [B, 3, image_size, image_size], normalised
     ) -> Tensor:  # [B, output_dim]
         patches = rearrange(self.conv1(x), "b c h w -> b (h w) c")
-        x = (
-            torch.cat([self.class_embedding.expand(len(x), 1, -1), patches], dim=1)
-            + self.positional_embedding
-        )
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), patches], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj
 

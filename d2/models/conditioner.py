@@ -60,18 +60,14 @@ def join_tokens(parts: list[ContextTokens]) -> ContextTokens:
     joined = []
     for transformer in zip(*parts, strict=True):
         blocks = zip(*transformer, strict=True)
-        joined.append(
-            [(torch.cat([t for t, _ in block]), torch.cat([f for _, f in block])) for block in blocks]
-        )
+        joined.append([(torch.cat([t for t, _ in block]), torch.cat([f for _, f in block])) for block in blocks])
     return joined
 
 
 class Conditioner(nn.Module):
     """The two networks that look at the reference picture, under the checkpoint's names."""
 
-    def __init__(
-        self, slots: tuple[str, ...], clip: ViTConfig, vae: VAEConfig, decoder: bool = False
-    ) -> None:
+    def __init__(self, slots: tuple[str, ...], clip: ViTConfig, vae: VAEConfig, decoder: bool = False) -> None:
         super().__init__()
         self.slots = slots
         self.embedders = nn.ModuleList(nn.Module() for _ in slots)

@@ -90,9 +90,7 @@ class VideoUNet(nn.Module):
 
     def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
         config = self.config
-        stage = Stage(
-            VideoResBlock(channels, out_channels, 4 * config.model_channels, config.video_kernel_size)
-        )
+        stage = Stage(VideoResBlock(channels, out_channels, 4 * config.model_channels, config.video_kernel_size))
         if 2**level in config.attention_resolutions:
             stage.append(VideoTransformer(out_channels, config))
         return stage
@@ -107,9 +105,7 @@ class VideoUNet(nn.Module):
         blend: Blend | None = None,
     ) -> Tensor:  # [B T, out_channels, h, w]
         """One evaluation; the same dtype as the weights throughout."""
-        emb = self.time_embed(sinusoid(c_noise, self.config.model_channels).to(x.dtype)) + self.label_emb(
-            vector
-        )
+        emb = self.time_embed(sinusoid(c_noise, self.config.model_channels).to(x.dtype)) + self.label_emb(vector)
         remaining = iter(tokens)
         skips = []
         for stage in self.input_blocks:
@@ -157,9 +153,7 @@ class VideoTransformer(nn.Module):
         args = channels, config.context_dim, config.num_head_channels
         self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(*args) for _ in range(config.transformer_depth)
-        )
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(*args) for _ in range(config.transformer_depth))
         self.proj_out = nn.Linear(channels, channels)
         self.time_stack = nn.ModuleList(TemporalBlock(*args) for _ in range(config.transformer_depth))
         self.time_pos_embed = nn.Sequential(
@@ -177,9 +171,7 @@ class VideoTransformer(nn.Module):
         height = x.shape[2]
         y = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         frame = self.frame_position(T, y).repeat(x.shape[0] // T, 1)[:, None]
-        for spatial, temporal, (token, first) in zip(
-            self.transformer_blocks, self.time_stack, tokens, strict=True
-        ):
+        for spatial, temporal, (token, first) in zip(self.transformer_blocks, self.time_stack, tokens, strict=True):
             y = spatial(y, token, T, blend)
             # The position in the clip reaches the temporal branch only.
             y = self.time_mixer(y, temporal(y + frame, first, T))
@@ -190,18 +182,14 @@ class VideoTransformer(nn.Module):
         T: int,
         like: Tensor,  # gives dtype, device and C
     ) -> Tensor:  # [T, C]
-        return self.time_pos_embed(
-            sinusoid(torch.arange(T, device=like.device), like.shape[-1]).to(like.dtype)
-        )
+        return self.time_pos_embed(sinusoid(torch.arange(T, device=like.device), like.shape[-1]).to(like.dtype))
 
     def project_context(
         self,
         token: Tensor,  # [B T, 1, D]
         first: Tensor,  # [B, 1, D]
     ) -> list[tuple[Tensor, Tensor]]:
-        spatial = [
-            cast(TransformerBlock, block).attn2.to_one_token(token) for block in self.transformer_blocks
-        ]
+        spatial = [cast(TransformerBlock, block).attn2.to_one_token(token) for block in self.transformer_blocks]
         temporal = [cast(TemporalBlock, block).attn2.to_one_token(first) for block in self.time_stack]
         return list(zip(spatial, temporal, strict=True))
 

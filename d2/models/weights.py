@@ -100,9 +100,7 @@ def load(
         for name in names:
             tensor = _read(file, header[PREFIX[part] + name], path).to(device, dtype)
             if not all(bound.isfinite() for bound in tensor.aminmax()):  # a NaN anywhere is both bounds
-                raise SetupError(
-                    f"{quoted(path)}: {PREFIX[part]}{name} holds NaN or infinity (read as {dtype})"
-                )
+                raise SetupError(f"{quoted(path)}: {PREFIX[part]}{name} holds NaN or infinity (read as {dtype})")
             tensors[name] = tensor
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval().requires_grad_(False)
@@ -212,9 +210,7 @@ def read_header(path: str | Path) -> dict[str, Entry]:
 
 def _entry(name: str, value: dict, offset: int) -> Entry:
     if value["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{quoted(name[:200])} has dtype {str(value['dtype'])[:20]}; expected {', '.join(DTYPES)}"
-        )
+        raise ValueError(f"{quoted(name[:200])} has dtype {str(value['dtype'])[:20]}; expected {', '.join(DTYPES)}")
     shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
     if len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError(f"{quoted(name[:200])}: its shape or its place in the file makes no sense")

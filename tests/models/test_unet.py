@@ -65,9 +65,7 @@ def test_temporal_blocks_take_the_token_of_the_first_picture(unet_config):
     unet = randomised(VideoUNet(unet_config))
     context = torch.randn(6, unet_config.context_dim)  # two clips of three
     transformers = [m for m in unet.modules() if isinstance(m, VideoTransformer)]
-    for transformer, ((spatial, temporal),) in zip(
-        transformers, unet.project_context(context, 3), strict=True
-    ):
+    for transformer, ((spatial, temporal),) in zip(transformers, unet.project_context(context, 3), strict=True):
         here = cast(TransformerBlock, transformer.transformer_blocks[0]).attn2
         along = cast(TemporalBlock, transformer.time_stack[0]).attn2
         torch.testing.assert_close(spatial[:, 0], here.to_one_token(context))

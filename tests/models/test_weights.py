@@ -80,11 +80,7 @@ def test_full_size_files_are_checked_in_less_than_a_second(tmp_path, sparse, dty
 def test_a_full_size_float_file_has_the_official_length(tmp_path, sparse):
     tensor_bytes = {"svd_xt": 4 * 2389819785, "sv3d_p": 4 * 2342222549}
     for spec, _, _ in OFFICIAL.values():
-        assert (
-            0
-            < sparse(tmp_path / spec.filename, spec, "F32").stat().st_size - tensor_bytes[spec.name]
-            < 1 << 20
-        )
+        assert 0 < sparse(tmp_path / spec.filename, spec, "F32").stat().st_size - tensor_bytes[spec.name] < 1 << 20
 
 
 def test_swapped_models_are_named(tmp_path, sparse):
@@ -262,9 +258,7 @@ def test_bad_headers_cost_little_and_loading_needs_the_model_and_one_tensor(tmp_
     write("bad3", f"{{{','.join(many)}}}".encode())
     spec = replace(SVD, name="mid", unet=UNetConfig(model_channels=64, channel_mult=(1, 2, 4)))
     sparse(tmp_path / "mid.safetensors", spec, "F32")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     good, *bad = (line.split() for line in done.stdout.splitlines())
     assert len(bad) == 4
     for _, megabytes, seconds in bad:
