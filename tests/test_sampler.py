@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 
-from d2.config import load
+from d2.config import config, load, option
 from d2.denoiser import AnalyticDenoiser, Estimate, Lines
 from d2.errors import InputError, NumericalError
 from d2.models.blocks import Blend
@@ -363,3 +363,13 @@ def test_columns_look_at_each_other_only_where_asked():
 
 def test_the_loop_fits_on_a_page():
     assert len(inspect.getsource(sample_matrix).splitlines()) <= 60
+
+
+def test_a_larger_configuration_may_hold_the_samplers():
+    @config
+    class Whole(SamplerConfig):
+        seed: int = option(23, "seed")
+
+    whole = load(Whole, {"steps": 7, "seed": 1})
+    assert plan(whole, torch.zeros(V), F).config.steps == 7
+    assert alone(whole, "frame").svd_only_from == -1

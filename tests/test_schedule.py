@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -114,3 +115,11 @@ def test_views_and_frames_are_filtered_alike():
 def test_a_stop_frequency_of_zero_keeps_nothing():
     assert not low_pass((4, 6, 8), temporal=0).any()
     assert not low_pass((4, 6, 8), spatial=0).any()
+
+
+def test_the_filter_of_a_full_matrix_is_made_in_less_than_a_second():
+    start = time.process_time()
+    mask = low_pass((21, 25, 72, 72))
+    assert time.process_time() - start < 1
+    assert mask.shape == (21, 25, 72, 72)
+    assert mask.dtype == torch.float32
