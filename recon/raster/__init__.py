@@ -107,7 +107,7 @@ def rasterize(
 
 
 def image_plane_gradient(meta: dict) -> Tensor:
-    """Gradient of the loss by every projected mean after backward(): [C, N, 2] per pixel, zero where nothing is drawn."""
+    """Gradient of the loss by every projected mean after backward(): [C, N, 2] per pixel, zero if not drawn."""
     means2d = meta["means2d"] if isinstance(meta["means2d"], list) else [meta["means2d"]]
     return torch.cat([each.grad.reshape(-1, *each.shape[-2:]) for each in means2d])
 
