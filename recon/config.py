@@ -32,12 +32,12 @@ class ReconstructConfig:
     scale_weight: float = option(0.0, "weight of the mean scale over the scene's half side", ge=0)
 
     lr_means: float = option(1.6e-3, "learning rate of positions", ge=0)
-    lr_velocities: float = option(3e-3, "learning rate of velocities", ge=0)
-    lr_times: float = option(1e-3, "learning rate of times", ge=0)
-    lr_durations: float = option(1e-2, "learning rate of log durations", ge=0)
-    lr_quats: float = option(4e-3, "learning rate of rotations", ge=0)
-    lr_scales: float = option(1e-2, "learning rate of log scales", ge=0)
-    lr_opacities: float = option(3e-2, "learning rate of opacity logits", ge=0)
+    lr_velocities: float = option(1e-2, "learning rate of velocities", ge=0)
+    lr_times: float = option(3e-3, "learning rate of times", ge=0)
+    lr_durations: float = option(3e-2, "learning rate of log durations", ge=0)
+    lr_quats: float = option(2e-2, "learning rate of rotations", ge=0)
+    lr_scales: float = option(4e-2, "learning rate of log scales", ge=0)
+    lr_opacities: float = option(6e-2, "learning rate of opacity logits", ge=0)
     lr_sh: float = option(5e-3, "learning rate of colour (higher degrees a twentieth)", ge=0)
     lr_end: float = option(0.1, "what all learning rates decay to, as a fraction", gt=0, le=1)
 

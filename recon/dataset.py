@@ -32,6 +32,7 @@ class Dataset:
     views: Tensor  # [n] int64: cells with the same pose share a view
     has_alpha: bool
     background: Tensor  # [3] colour behind the object in images without alpha
+    plain_background: bool  # whether image borders agree on that colour
     names: tuple[str, ...]  # file paths, for messages
 
     def __len__(self) -> int:
@@ -113,6 +114,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         raise InputError(f"{fileio.quoted(file)}: frame {odd} differs in size from frame 0; one size is needed")
     pictures = np.stack([cell.rgba for cell in cells])
     has_alpha = any(cell.has_alpha for cell in cells) and bool((pictures[..., 3] < 250).any())
+    border, is_plain = _border_colour(pictures)
     return Dataset(
         images=torch.from_numpy(pictures),
         viewmats=torch.from_numpy(camera.viewmats(poses)).float(),
@@ -120,7 +122,8 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         times=torch.tensor(times, dtype=torch.float32),
         views=_view_ids(poses),
         has_alpha=has_alpha,
-        background=torch.ones(3) if has_alpha else _border_colour(pictures),
+        background=torch.ones(3) if has_alpha else border,
+        plain_background=is_plain,
         names=tuple(str(entry["file_path"]) for entry in entries),
     )
 
@@ -253,10 +256,10 @@ def _view_ids(poses: np.ndarray) -> Tensor:
     return torch.tensor([ids.setdefault(pose.tobytes(), len(ids)) for pose in rounded])
 
 
-def _border_colour(pictures: np.ndarray) -> Tensor:
-    """The colour of image borders where most agree on one, else black (it is then part of the scene)."""
+def _border_colour(pictures: np.ndarray) -> tuple[Tensor, bool]:
+    """The colour of image borders and True where most agree on one, else black: it is then part of the scene."""
     rgb = pictures[..., :3].astype(np.float32) / 255
     border = np.concatenate([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], 1).reshape(-1, 3)
     colour = np.median(border, 0)
-    uniform = (np.abs(border - colour).max(1) < BACKGROUND_SPREAD).mean() > 0.8
-    return torch.from_numpy(colour if uniform else np.zeros(3, np.float32))
+    is_plain = bool((np.abs(border - colour).max(1) < BACKGROUND_SPREAD).mean() > 0.8)
+    return torch.from_numpy(colour if is_plain else np.zeros(3, np.float32)), is_plain

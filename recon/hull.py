@@ -17,6 +17,7 @@ GRID = 72  # voxels along a side of the box
 COARSE_GRID = 40
 MIN_VIEWS = 4  # of a moment, for its hull to mean anything
 ALPHA_INSIDE = 64  # of 255: a voxel belongs to the mask from here
+BACKGROUND_DIFFERENCE = 8  # of 255: more than noise or compression does to a plain background
 START_OPACITY = 0.3
 SCALE_OF_SPACING = 0.5  # a Gaussian's start size, in distances to its neighbours
 
@@ -45,7 +46,7 @@ def initialise(dataset: Dataset, count: int, duration: float, sh_degree: int, se
     rng = np.random.default_rng(seed)
     centre, half = scene_box(dataset)
     moments = _moments(dataset)
-    hulls = _hulls(dataset, moments, centre, half) if dataset.has_alpha else []
+    hulls = _hulls(dataset, moments, centre, half) if dataset.has_alpha or dataset.plain_background else []
     if hulls:
         points, normals, spacing, bins = _on_surfaces(hulls, count, rng)
         colors = _facing_colours(dataset, moments, points, normals, bins)
@@ -88,13 +89,13 @@ def _moments(dataset: Dataset) -> list[Tensor]:
 
 def _hulls(dataset: Dataset, moments: list[Tensor], centre: np.ndarray, half: float):
     """Occupancy of each moment on one grid fitted to the union of all. Empty when the masks carve all away."""
-    masks = np.ascontiguousarray(dataset.images[..., 3].numpy())
+    masks = _masks(dataset)
     P = (dataset.Ks.double() @ dataset.viewmats[:, :3].double()).numpy()
 
     def carve(low, high, grid):
         step = (high - low) / grid
         axes = [low[k] + (np.arange(grid) + 0.5) * step[k] for k in range(3)]
-        occupied = [_carve(*axes, masks, P, cells.numpy(), _misses_allowed(dataset, cells)) for cells in moments]
+        occupied = [_carve(*axes, masks, P, cells.numpy(), _tolerance(dataset, cells)) for cells in moments]
         return occupied, axes, step
 
     low, high = centre - half, centre + half
@@ -110,14 +111,23 @@ def _hulls(dataset: Dataset, moments: list[Tensor], centre: np.ndarray, half: fl
     return surfaces if all(len(points) for points, _, _ in surfaces) else []
 
 
-def _misses_allowed(dataset: Dataset, cells: Tensor) -> int:
-    """Within one exact moment every mask must agree; over merged moments the object has moved."""
-    return 0 if len(dataset.times[cells].unique()) == 1 else len(cells) // 5
+def _masks(dataset: Dataset) -> np.ndarray:
+    """uint8 [n, H, W]: alpha, or what differs from a plain background."""
+    if dataset.has_alpha:
+        return np.ascontiguousarray(dataset.images[..., 3].numpy())
+    colour = (dataset.background * 255).to(torch.int16)
+    difference = (dataset.images[..., :3].to(torch.int16) - colour).abs().amax(-1)
+    return np.ascontiguousarray(((difference > BACKGROUND_DIFFERENCE) * 255).to(torch.uint8).numpy())
+
+
+def _tolerance(dataset: Dataset, cells: Tensor) -> float:
+    """Share of masks that may disagree: none within one moment, some over merged moments or where masks are guesses."""
+    return 0.0 if dataset.has_alpha and len(dataset.times[cells].unique()) == 1 else 0.2
 
 
 @njit(parallel=True, cache=True)
-def _carve(xs, ys, zs, masks, P, cells, misses_allowed):
-    """bool [X, Y, Z]: inside the mask of all of `cells` but `misses_allowed`; off the image says nothing."""
+def _carve(xs, ys, zs, masks, P, cells, tolerance):
+    """bool [X, Y, Z]: seen by a quarter of `cells` and inside all their masks but a share of `tolerance`."""
     _, height, width = masks.shape
     occupied = np.zeros((xs.shape[0], ys.shape[0], zs.shape[0]), np.bool_)
     for a in prange(xs.shape[0]):
@@ -136,9 +146,9 @@ def _carve(xs, ys, zs, masks, P, cells, misses_allowed):
                     seen += 1
                     if masks[n, int(v), int(u)] < ALPHA_INSIDE:
                         misses += 1
-                        if misses > misses_allowed:
+                        if misses > tolerance * cells.shape[0]:
                             break
-                occupied[a, b, c] = misses <= misses_allowed and seen >= 2
+                occupied[a, b, c] = misses <= tolerance * seen and 4 * seen >= cells.shape[0]
     return occupied
 
 
@@ -186,7 +196,7 @@ def _facing_colours(dataset: Dataset, moments, points, normals, bins) -> np.ndar
             u, v, w = P[n, :, :3] @ points[mine].T + P[n, :, 3:]
             x = np.clip(u / w, 0, dataset.width - 1).astype(int)
             y = np.clip(v / w, 0, dataset.height - 1).astype(int)
-            rgba = pictures[n, y, x] / 255
+            rgba = pictures[n, y, x] / 255  # without alpha, the background counts as surface: a rough start
             towards = centres[n] - points[mine]
             facing = (normals[mine] * towards).sum(-1) / np.linalg.norm(towards, axis=-1)
             weight = np.clip(facing, 0, 1)[:, None] ** 4 * rgba[:, 3:]

@@ -134,9 +134,8 @@ class _Job:
         return state
 
     def _start(self) -> train.State:
-        self.observer.message(
-            "Carving the visual hull" if self.data.has_alpha else "No alpha: starting from random points"
-        )
+        masks = self.data.has_alpha or self.data.plain_background
+        self.observer.message("Carving the visual hull" if masks else "No masks: starting from random points")
         fileio.remove(self.folder / "metrics.jsonl")
         return train.start(self.data, self.settings, self.device)
 

@@ -89,8 +89,18 @@ def test_single_view_moments_are_merged_until_a_hull_means_something(ball):
 def test_no_alpha_starts_at_random_inside_the_box(ball):
     from dataclasses import replace
 
-    g = hull.initialise(replace(ball, has_alpha=False), 200, duration=0.3, sh_degree=1, seed=0)
+    g = hull.initialise(replace(ball, has_alpha=False, plain_background=False), 200, duration=0.3, sh_degree=1, seed=0)
     assert g.sh.shape == (200, 4, 3) and g.means.std() > 0.2 and g.means.abs().max() < 1
+
+
+def test_a_plain_background_gives_a_hull_without_alpha(ball):
+    from dataclasses import replace
+
+    rgba = ball.images.float()
+    white = torch.cat([rgba[..., :3] + 255 - rgba[..., 3:], torch.full_like(rgba[..., 3:], 255)], -1)
+    plain = replace(ball, images=white.to(torch.uint8), has_alpha=False, plain_background=True)
+    g, twin = hull.initialise(plain, 200, 0.1, 0, seed=0), hull.initialise(ball, 200, 0.1, 0, seed=0)
+    assert (g.means.std(0) - twin.means.std(0)).abs().max() < 0.15
 
 
 def test_growing_reaches_the_count_and_each_half_inherits_its_parent():
