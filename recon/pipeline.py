@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 
 from d2 import config as configuration
@@ -265,6 +266,7 @@ def _best(state: train.State):
 def kernel_threads() -> Iterator[None]:
     """One torch thread while the numba kernels have them all: two pools on one set of cores cost 5×."""
     before = torch.get_num_threads()
+    numba.get_num_threads()  # starts numba's pool now: its OpenMP start-up resets torch's thread count
     torch.set_num_threads(1)
     try:
         yield
