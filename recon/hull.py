@@ -122,7 +122,7 @@ def _masks(dataset: Dataset) -> np.ndarray:
 
 def _tolerance(dataset: Dataset, cells: Tensor) -> float:
     """Share of masks that may disagree: none within one moment, some over merged moments or where masks are guesses."""
-    return 0.0 if dataset.has_alpha and len(dataset.times[cells].unique()) == 1 else 0.2
+    return 0.0 if dataset.has_alpha and len(dataset.times[cells].unique()) == 1 else 0.1
 
 
 @njit(parallel=True, cache=True)

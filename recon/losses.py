@@ -18,7 +18,7 @@ C1, C2 = 0.01**2, 0.03**2
 f4 = np.float32
 _taps = np.exp(-((np.arange(WINDOW) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
 TAPS = (_taps / _taps.sum()).astype(f4)
-_C1, _C2, ZERO, ONE, TWO = f4(C1), f4(C2), f4(0), f4(1), f4(2)
+_C1, _C2, ZERO, ONE, TWO, BYTE = f4(C1), f4(C2), f4(0), f4(1), f4(2), f4(1 / 255)
 FAST = {"nnan", "ninf", "nsz", "arcp", "contract", "afn", "reassoc"}
 
 
@@ -84,6 +84,12 @@ class _Photometric(torch.autograd.Function):
         return g_image * g, g_alpha * g, None, None, None, None
 
 
+@njit(fastmath=FAST)
+def _signed(weight, x):
+    """weight · sign(x), as selects that vectorise."""
+    return weight if x > ZERO else (-weight if x < ZERO else ZERO)
+
+
 @njit(parallel=True, fastmath=FAST, cache=True)
 def _absolute(image, alpha, target, background, weight, mask_weight, planes, g_image, g_alpha):
     """L1 terms per row [H] and their gradients; fills planes x y xx yy xy (3 channels each) for SSIM."""
@@ -92,21 +98,20 @@ def _absolute(image, alpha, target, background, weight, mask_weight, planes, g_i
     w_color, w_mask = weight / f4(3 * height * width), mask_weight / f4(height * width)
     for i in prange(height):
         total = ZERO
-        for j in range(width):
-            opaque = f4(target[i, j, 3]) * f4(1 / 255)
-            d = alpha[i, j] - opaque
+        for j in range(np.uint64(width)):  # unsigned, as everywhere here: signed indices stop vectorisation
+            d = alpha[i, j] - f4(target[i, j, 3]) * BYTE
             total += w_mask * abs(d)
-            g_a = w_mask * np.sign(d)
-            for k in range(3):
+            g_alpha[i, j] = _signed(w_mask, d)
+        for k in range(3):
+            for j in range(np.uint64(width)):
                 x = image[i, j, k] + (ONE - alpha[i, j]) * background[k]
-                y = f4(target[i, j, k]) * f4(1 / 255) + (ONE - opaque) * background[k]
+                y = f4(target[i, j, k]) * BYTE + (ONE - f4(target[i, j, 3]) * BYTE) * background[k]
                 planes[k, i, j], planes[3 + k, i, j] = x, y
                 planes[6 + k, i, j], planes[9 + k, i, j], planes[12 + k, i, j] = x * x, y * y, x * y
                 total += w_color * abs(x - y)
-                g = w_color * np.sign(x - y)
+                g = _signed(w_color, x - y)
                 g_image[i, j, k] = g
-                g_a -= g * background[k]
-            g_alpha[i, j] = g_a
+                g_alpha[i, j] -= g * background[k]
         rows[i] = total
     return rows
 
@@ -158,8 +163,8 @@ def _similarity_backward(blurred, planes, weight, background, g_image, g_alpha):
     """Adds weight · dSSIM: blurred [9, …] are the three gradient maps after the (transposed) blur."""
     height, width = g_alpha.shape
     for i in prange(height):
-        for j in range(width):
-            for k in range(3):
+        for k in range(3):
+            for j in range(np.uint64(width)):
                 x, y = planes[k, i, j], planes[3 + k, i, j]
                 g = blurred[k, i, j] + TWO * x * blurred[3 + k, i, j] + y * blurred[6 + k, i, j]
                 g_image[i, j, k] += weight * g
