@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from d2.run import Run, is_run
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl
 SPACE_NEEDED = 64 * fileio.MB  # two checkpoints and a model of 100,000 Gaussians
 DEFAULT_FPS = 24.0
+MAX_NAME = 100  # bytes; temporary files beside it need a longer name
 MODEL = "gaussians.safetensors"
 
 
@@ -73,23 +75,31 @@ def reconstruct(
     path = Path(path)
     settings = configuration.load(ReconstructConfig, preset, sets=sets)
     place = choose_device(device)
+    stage = f"reconstruct:{plain_name(name)}"
+    _require_finished_input(path)
     dataset.find_transforms(path)
     run = _run_for(path, out, fps)
-    folder = run.folder / "recon" / plain_name(name)
-    fileio.require_space(run.folder, SPACE_NEEDED)
+    folder = run.folder / "recon" / name
     with run.lock(), kernel_threads():
+        fileio.undo_swap(folder)
         target = _beside(folder) if overwrite and _holds_work(folder) else folder
-        _refuse_conflict(run, target, name, settings, path)
-        observer.message(f"Reading {path}")
+        if target == folder:
+            _refuse_conflict(run, folder, stage, settings)
+        elif (target / MODEL).exists() or _difference(target, settings):
+            fileio.remove(target)  # an earlier replacement that was given up
+        observer.message(f"Reading {fileio.quoted(path)}")
         data = dataset.load(path, size=settings.size or None)
+        if len(data.views.unique()) < 2:
+            raise InputError(f"{fileio.quoted(path)}: all frames have one camera pose; at least 2 are needed")
         backend = choose_backend(place)
         observer.message(
             f"{len(data)} images, {data.width}×{data.height}; rasterizer: {backend.name} ({backend.reason})"
         )
-        job = _Job(run, target, settings, data, place, observer, should_stop, _resume_command(path, run, name, sets))
+        command = _resume_command(path, run, name, preset, sets, device, overwrite)
+        job = _Job(run, target, settings, data, place, observer, should_stop, command)
         result = job.fit()
         if target != folder:
-            run.drop_stage(f"reconstruct:{name}")
+            run.drop_stage(stage)
             fileio.swap_folder(target, folder)
         record = {
             "psnr": result.best_psnr,
@@ -98,7 +108,7 @@ def reconstruct(
             "config": configuration.digest(settings),
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
-        run.commit_stage(f"reconstruct:{name}", record)
+        run.commit_stage(stage, record)
     return Reconstruction(
         folder,
         folder / MODEL,
@@ -121,6 +131,7 @@ class _Job:
     resume_command: str
 
     def fit(self) -> train.State:
+        self.input = self.data.digest()
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
         state = self._resume() or self._start()
         data = self.data.to(self.device)
@@ -144,6 +155,11 @@ class _Job:
             except InputError as error:
                 self.observer.message(f"Warning: {error}; trying an older one")
                 continue
+            if extra["input"] != self.input:
+                raise ConflictError(
+                    f"{fileio.quoted(self.folder)} holds an unfinished run on other images or cameras; repeat that one,"
+                    " choose another --name or pass --overwrite"
+                )
             fileio.truncate(self.folder / "metrics.jsonl", int(extra["log_bytes"]))
             self.observer.message(f"Resuming at iteration {state.iteration}")
             return state
@@ -156,7 +172,8 @@ class _Job:
         self.observer.progress(progress, state.best_psnr)
         signum = self.should_stop()
         if progress.validated is not None or signum:
-            checkpoint.save(self.folder / "ckpt", state, {"log_bytes": log.stat().st_size if log.exists() else 0})
+            written = log.stat().st_size if log.exists() else 0
+            checkpoint.save(self.folder / "ckpt", state, {"log_bytes": written, "input": self.input})
         if signum:
             raise Stopped(
                 f"stopped at iteration {state.iteration}, all saved; go on with: {self.resume_command}",
@@ -180,16 +197,20 @@ def choose_device(name: str) -> torch.device:
 
 def plain_name(name: str) -> str:
     """A reconstruction's name, refused when it is not a plain file name."""
-    if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>|') or not name.isprintable():
-        raise InputError(f"--name {name!r}: expected a plain file name")
+    plain = name.isprintable() and not name.startswith(".") and not any(c in name for c in '/\\:*?"<>|')
+    if not plain or not 1 <= len(name.encode()) <= MAX_NAME:
+        raise InputError(f"--name {name!r}: expected a plain file name of at most {MAX_NAME} bytes")
     return name
 
 
 def _run_for(path: Path, out: str | Path | None, fps: float | None) -> Run:
     """The run that takes the result: the input itself when it is one, else `out`, opened or created."""
     if out is None and is_run(path):
+        fileio.require_space(path, SPACE_NEEDED)
         return Run.open(path)
-    folder = Path(out) if out is not None else Path("runs") / path.resolve().name
+    source = path.resolve()
+    folder = Path(out) if out is not None else Path("runs") / (source.parent if source.is_file() else source).name
+    fileio.require_space(folder, SPACE_NEEDED)
     if is_run(folder):
         return Run.open(folder)
     return Run.create(folder, fps if fps is not None else DEFAULT_FPS)
@@ -203,31 +224,49 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.new")
 
 
-def _refuse_conflict(run: Run, folder: Path, name: str, settings: ReconstructConfig, path: Path) -> None:
-    stage = run.stage("generate")
-    if is_run(path) and stage is None and path.resolve() == run.folder.resolve():
+def _require_finished_input(path: Path) -> None:
+    """Where the input is a run folder, its matrix is committed and its files are those that were committed."""
+    if not is_run(path):
+        return
+    source = Run.open(path)
+    if source.stage("generate") is None:
         raise ConflictError(
-            f"{fileio.quoted(path)}: the generate stage is not finished; run d2 generate --resume first"
+            f"{fileio.quoted(path)} holds no finished matrix; run d2 generate --resume first, or name the folder of"
+            " the images"
         )
-    if (folder / MODEL).exists():
+    source.require_intact("generate")
+
+
+def _refuse_conflict(run: Run, folder: Path, stage: str, settings: ReconstructConfig) -> None:
+    if run.stage(stage) is not None and (folder / MODEL).exists():
         raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
-    if checkpoint.checkpoints(folder / "ckpt"):
-        old = fileio.read_yaml(folder / "config.yaml")
-        difference = configuration.first_difference(
-            old if isinstance(old, dict) else {}, configuration.resolved(settings)
+    difference = _difference(folder, settings)
+    if difference:
+        raise ConflictError(
+            f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
+            " repeat that one, choose another --name or pass --overwrite"
         )
-        if difference:
-            raise ConflictError(
-                f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
-                " repeat that one, choose another --name or pass --overwrite"
-            )
 
 
-def _resume_command(path: Path, run: Run, name: str, sets: tuple[str, ...]) -> str:
-    words = ["d2 reconstruct", fileio.quoted(path)]
-    if path.resolve() != run.folder.resolve():
-        words += ["--out", fileio.quoted(run.folder)]
-    return " ".join([*words, *(["--name", name] if name != "main" else []), *(f"--set {s}" for s in sets)])
+def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
+    """The first field in which the unfinished work in a folder differs; None when nothing does or nothing is there."""
+    if not checkpoint.checkpoints(folder / "ckpt"):
+        return None
+    old = fileio.read_yaml(folder / "config.yaml")
+    return configuration.first_difference(old if isinstance(old, dict) else {}, configuration.resolved(settings))
+
+
+def _resume_command(
+    path: Path, run: Run, name: str, preset: str | Path, sets: tuple[str, ...], device: str, overwrite: bool
+) -> str:
+    """The same command again, fit for a shell."""
+    folders = [path] if path.resolve() == run.folder.resolve() else [path, run.folder]
+    words = [f"./{folder}" if str(folder).startswith("-") else str(folder) for folder in folders]
+    words = ["d2", "reconstruct", words[0], *(["--out", words[1]] if len(words) > 1 else [])]
+    for option, value, default in (("name", name, "main"), ("preset", preset, "quality"), ("device", device, "auto")):
+        words += [f"--{option}", str(value)] if value != default else []
+    words += [word for text in sets for word in ("--set", text)]
+    return shlex.join([*words, *(["--overwrite"] if overwrite else [])])
 
 
 def _log_record(progress: train.Progress) -> dict[str, Any]:
