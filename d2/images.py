@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow knows more, some of w
 def read_rgba(path: str | Path) -> tuple[np.ndarray, bool]:
     """uint8 [H, W, 4] and whether the file itself has transparency. Raises InputError naming the file."""
     image = open_image(path)
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    has_alpha = image.has_transparency_data
     if image.mode not in ("RGB", "RGBA") and not has_alpha:
         image = _decoded(path, lambda: image.convert("RGB"))  # not every mode converts to RGBA at once
     return np.asarray(_decoded(path, lambda: image.convert("RGBA"))), has_alpha

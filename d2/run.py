@@ -111,7 +111,7 @@ class Run:
         """Raises InputError naming the first file of a stage that is gone or is not what the stage recorded."""
         for relative, digest in (self.stage(name) or {}).get("files", {}).items():
             path = fileio.inside(self.folder, relative)
-            if not path.is_file():
+            if not os.path.isfile(path):  # pathlib's raises for names that are too long
                 raise InputError(f"{fileio.quoted(path)} is missing; restore it or repeat the {name} stage")
             if fileio.sha256(path) != digest:
                 raise InputError(
@@ -189,7 +189,7 @@ def _alive(owner: dict[str, Any]) -> bool:
     if owner.get("host") != socket.gethostname():
         return True  # cannot be asked from here
     pid = owner.get("pid")
-    if not isinstance(pid, int) or not 0 < pid < 2**31:
+    if type(pid) is not int or not 0 < pid < 2**31:
         return False
     try:
         os.kill(pid, 0)
