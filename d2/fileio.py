@@ -82,10 +82,19 @@ def write_yaml(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file; tensors are made contiguous on the CPU."""
+    """One safetensors file; tensors are made contiguous on the CPU. The same content gives the same bytes."""
     from safetensors.torch import save
 
-    atomic_write(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    data = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(bytes(data[8:end]))
+    if metadata:
+        header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in random order
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(data[end:])
 
 
 def append_line(path: str | Path, line: str) -> None:

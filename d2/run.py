@@ -173,7 +173,7 @@ def frame_time(frame: int, frames: int) -> float:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run manifest."""
-    return (Path(folder) / MANIFEST).is_file()
+    return os.path.isfile(Path(folder) / MANIFEST)  # pathlib's raises for names that are too long
 
 
 def _lock_owner(path: Path) -> dict[str, Any] | None:

@@ -84,9 +84,9 @@ def find_transforms(path: str | Path, split: str = "train") -> Path:
     Raises InputError when there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib's raises for names that are too long
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"{fileio.quoted(path)} does not exist")
     for name in (f"transforms_{split}.json", "transforms.json"):
         if (path / name).is_file():
@@ -157,7 +157,7 @@ def _image_path(file: Path, k: int, entry: dict[str, Any]) -> Path:
     named = _resolve(file, k, entry, "file_path")
     for suffix in IMAGE_SUFFIXES:
         candidate = Path(f"{named}{suffix}")
-        if os.path.isfile(candidate):  # pathlib's raises for names that are too long
+        if os.path.isfile(candidate):
             return candidate
     raise InputError(f"{fileio.quoted(file)}: frame {k}: no image at {fileio.quoted(named)}")
 
