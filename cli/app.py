@@ -44,6 +44,10 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # None when closed; a path or × must not fail in an ASCII locale
             stream.reconfigure(errors="backslashreplace")
     try:
+        os.getcwd()
+    except OSError:  # some libraries end the process when they cannot find themselves from here
+        _fail("error: the working folder is gone; change to one that exists", 3)
+    try:
         app()
     except D2Error as error:
         _fail(f"error: {error}", error.exit_code)

@@ -18,7 +18,6 @@ pytest.register_assert_rewrite("faults.assertions")
 from faults.assertions import Outcome  # noqa: E402
 
 from d2 import camera, images  # noqa: E402
-from d2.run import frame_time  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels of a tiny image
@@ -53,7 +52,7 @@ def _tiny_dataset_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "balls"
     train = camera.orbit(VIEWS, elevation_deg=15, radius=RADIUS, fov_deg=FOV, width=SIZE, height=SIZE)
     test = camera.orbit(TEST_VIEWS, elevation_deg=35, radius=RADIUS, fov_deg=FOV, width=SIZE, height=SIZE)
-    write_balls(folder, "train", train, [frame_time(f, FRAMES) for f in range(FRAMES)])
+    write_balls(folder, "train", train, [f / (FRAMES - 1) for f in range(FRAMES)])
     write_balls(folder, "test", test, [0.5])
     return folder
 
