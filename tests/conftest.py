@@ -16,19 +16,13 @@ import pytest
 pytest.register_assert_rewrite("faults.assertions")
 
 from faults.assertions import Outcome  # noqa: E402
+from surroundings import ROOT, cli_environment  # noqa: E402
 
 from d2 import camera, images  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 SIZE = 32  # pixels of a tiny image
 VIEWS, FRAMES, TEST_VIEWS = 6, 4, 3
 RADIUS, FOV = 3.0, 40.0  # world, degrees
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The repository."""
-    return ROOT
 
 
 @pytest.fixture(scope="session")
@@ -101,8 +95,3 @@ def run_cli(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
-
-
-def cli_environment() -> dict[str, str]:
-    """One thread, so that results are the same on every machine; no colours, so that texts can be searched."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}

@@ -12,8 +12,8 @@ from pathlib import Path
 import numba
 import pytest
 import typer
-from conftest import cli_environment
 from faults.assertions import Outcome, expect_fault
+from surroundings import cli_environment
 
 from d2 import __version__, fileio
 from d2.cli import app, stop

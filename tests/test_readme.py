@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli_environment
+from surroundings import ROOT, cli_environment
 
 TINY = {"reconstruct": "--set iterations=20 --set size=32", "bench reconstruct": "--seconds 1 --size 32"}
 INSTALL = re.compile(r"(git clone|cd|make|pip|pipx|uv|python3? -m (pip|venv)|source|\. |sudo|apt-get|\S*/pip)\b")

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, cli_environment
+from surroundings import ROOT, cli_environment
 
 from d2 import __version__
 
