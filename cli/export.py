@@ -1,5 +1,74 @@
-"""placeholder until merged"""
+"""`d2 export`: writes a reconstruction in the formats other programs open."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from d2.recon.exports import Progress
+    from d2.recon.formats.frames import Frame
 
 
-def export(path: str) -> None:
-    """x"""
+def export(
+    path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
+    formats: Annotated[str, typer.Option("--format", help="Comma list of ply, mp4, contact.")] = "ply,mp4,contact",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
+    ] = None,
+    time: Annotated[float | None, typer.Option(help="One moment, 0 to 1, instead of the whole clip.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second; default: the run's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; default: the run's.")] = None,
+    name: Annotated[str | None, typer.Option(help="What PLY files begin with; default: the run's name.")] = None,
+    frame: Annotated[
+        str, typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up).")
+    ] = "rdf",
+    pad_sh3: Annotated[bool, typer.Option("--pad-sh3", help="Fill colour up to degree 3 (Houdini, Adobe).")] = False,
+    prune_opacity: Annotated[float, typer.Option(help="Leave out what is fainter, 0 to 1; N then varies.")] = 0.0,
+    size: Annotated[int, typer.Option(help="Width and height of the video in pixels.")] = 512,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
+) -> None:
+    """Write a reconstruction as a PLY sequence, a turntable video, a contact sheet."""
+    from d2.recon.exports import export as export_asset
+
+    with _progress(sys.stderr.isatty() and not quiet and not as_json) as progress:
+        written = export_asset(
+            path, formats.split(","), out, fps=fps, frames=frames, time=time, name=name,
+            overwrite=overwrite, frame=cast("Frame", frame), pad_sh3=pad_sh3,
+            prune_opacity=prune_opacity, size=size, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({what: str(target) for what, target in written.items()}))
+    elif not quiet:
+        for what, target in written.items():
+            typer.echo(f"{what}: {target}")
+
+
+@contextlib.contextmanager
+def _progress(visible: bool) -> Iterator[Progress]:
+    """Yields a callback that draws a bar a format, with the time left, on a terminal."""
+    if not visible:
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report

@@ -1,4 +1,4 @@
-"""Configurations are frozen dataclasses that own defaults, types, units and ranges; YAML and --set only override."""
+"""Configurations are frozen dataclasses that own defaults, types, units and ranges; YAML only overrides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import importlib.resources
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -18,10 +18,12 @@ from d2.errors import InputError, UsageError
 
 Config = TypeVar("Config")
 
-# Decorator for a configuration class: immutable, unknown keys and silent type changes refused.
-config = pydantic_dataclass(
-    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-)
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[Config]) -> type[Config]:
+    """Decorator for a configuration class: immutable, unknown keys and silent type changes refused."""
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=rules)  # type: ignore[return-value]
 
 
 def option(default: Any, help: str, **bounds: Any) -> Any:

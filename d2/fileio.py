@@ -25,6 +25,7 @@ JSON_CAP = 1 * MB  # bytes, for manifests; transforms.json passes its own
 YAML_CAP = MB // 16  # the parser reads 80 kB a second
 TRANSFORMS_CAP = 32 * MB
 SAFETENSORS_CAP = 16 << 30
+METADATA_KEY = "d2"  # of a safetensors file, holding one JSON object of texts
 MAX_NESTING = 32  # levels of lists and objects in a JSON or YAML file
 
 
@@ -82,19 +83,14 @@ def write_yaml(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file; tensors are made contiguous on the CPU. The same content gives the same bytes."""
+    """One safetensors file; tensors are made contiguous on the CPU.
+
+    Metadata goes under one key: safetensors writes several in random order, and equal content must give equal bytes.
+    """
     from safetensors.torch import save
 
-    data = memoryview(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(bytes(data[8:end]))
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in random order
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.write(data[end:])
+    packed = {METADATA_KEY: json.dumps(metadata or {}, sort_keys=True)}
+    atomic_write(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, packed))
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -250,15 +246,16 @@ def parse_yaml(text: str, label: str) -> Any:
 
 
 def read_tensors(path: str | Path, cap: int = SAFETENSORS_CAP) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, its header checked first. Raises InputError."""
+    """Tensors, and the metadata that `write_tensors` put there, its header checked first. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     _check_safetensors_header(Path(path), cap)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            return tensors, {str(k): str(v) for k, v in metadata.items()}
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise InputError(f"{quoted(path)} is not a valid safetensors file: {str(error)[:300]}") from error
 
 

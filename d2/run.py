@@ -33,14 +33,20 @@ class Run:
     @classmethod
     def create(cls, folder: str | Path, fps: float = 24.0) -> Self:
         """An empty run; raises ConflictError when the folder holds something already."""
+        cls.require_free(folder)
+        folder = Path(folder)
+        run = cls(folder, {"version": VERSION, "d2": __version__, "fps": fps, "stages": {}})
+        run._commit()
+        return run
+
+    @staticmethod
+    def require_free(folder: str | Path) -> None:
+        """Raises unless a new run can be created at `folder`: absent, or an empty folder."""
         folder = Path(folder)
         fileio.require_space(folder, 0)
         # Temporary files of a process that died before its first commit start with a dot.
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise ConflictError(f"{fileio.quoted(folder)} is not empty; choose another --out or pass --overwrite")
-        run = cls(folder, {"version": VERSION, "d2": __version__, "fps": fps, "stages": {}})
-        run._commit()
-        return run
+            raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:

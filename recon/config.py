@@ -39,7 +39,7 @@ class ReconstructConfig:
     lr_scales: float = option(1e-2, "learning rate of log scales", ge=0)
     lr_opacities: float = option(3e-2, "learning rate of opacity logits", ge=0)
     lr_sh: float = option(5e-3, "learning rate of colour (higher degrees a twentieth)", ge=0)
-    lr_end: float = option(0.02, "what all learning rates decay to, as a fraction", gt=0, le=1)
+    lr_end: float = option(0.1, "what all learning rates decay to, as a fraction", gt=0, le=1)
 
     holdout: int = option(12, "cells kept from training to choose the best model by", ge=0)
     validate_every: int = option(1000, "steps between two validations and checkpoints", ge=1)

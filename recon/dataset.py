@@ -67,11 +67,11 @@ class Dataset:
         return replace(self, background=background)
 
     def digest(self) -> str:
-        """sha256 of images, cameras and times: two datasets with the same digest give the same model."""
-        digest = hashlib.sha256()
+        """A hash of pixels, cameras and times: the same data gives the same fit."""
+        content = hashlib.sha256()
         for tensor in (self.images, self.viewmats, self.Ks, self.times, self.background):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+            content.update(tensor.contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
 
     def camera_centres(self) -> Tensor:
         """World positions of the cameras [n, 3]."""
@@ -115,7 +115,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     if len(sizes) > 1:
         odd = next(k for k, cell in enumerate(cells) if cell.rgba.shape != cells[0].rgba.shape)
         name = entries[odd]["file_path"]
-        raise InputError(f"{fileio.quoted(file)}: frame {odd} ({name!r}) differs in size from frame 0")
+        raise InputError(f"{fileio.quoted(file)}: frame {odd} differs in size from frame 0 ({name!r})")
     pictures = np.stack([cell.rgba for cell in cells])
     has_alpha = any(cell.has_alpha for cell in cells) and bool((pictures[..., 3] < 250).any())
     if not (pictures[..., 3] >= VISIBLE_ALPHA).any():
@@ -165,7 +165,7 @@ def _image_path(file: Path, k: int, entry: dict[str, Any]) -> Path:
 def _resolve(file: Path, k: int, entry: dict[str, Any], field: str) -> Path:
     relative = entry.get(field)
     if not isinstance(relative, str) or not relative:
-        raise InputError(f"{fileio.quoted(file)}: frame {k}: {field} must be a path, got {relative!r}")
+        raise InputError(f"{fileio.quoted(file)}: frame {k}: {field} must be text, got {relative!r}")
     try:
         return fileio.inside(file.parent, relative)
     except InputError as error:

@@ -109,10 +109,15 @@ class Gaussians4D:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Reads what `save` wrote; raises InputError for anything else, naming file and field."""
+        return cls.load_with_metadata(path)[0]
+
+    @classmethod
+    def load_with_metadata(cls, path: str | Path) -> tuple[Self, dict[str, str]]:
+        """Like `load`, and the metadata that `save` was given."""
         tensors, metadata = fileio.read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise InputError(f"{fileio.quoted(path)} does not hold 4D Gaussians of format {FORMAT}")
-        return cls.checked(tensors, str(path))
+        return cls.checked(tensors, fileio.quoted(path)), metadata
 
     @classmethod
     def checked(cls, tensors: dict[str, Tensor], label: str) -> Self:

@@ -80,8 +80,9 @@ def _moments(dataset: Dataset) -> list[Tensor]:
         if len(dataset.views[cells].unique()) >= MIN_VIEWS:
             groups.append(cells)
             pending = []
-    if pending:
-        groups.append(torch.cat([groups.pop()] * bool(groups) + pending))
+    if pending:  # what is left joins the last group
+        last = [groups.pop()] if groups else []
+        groups.append(torch.cat(last + pending))
     return groups
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,10 @@ LOG_EVERY = 100  # steps between two lines of metrics.jsonl
 SPACE_NEEDED = 64 * fileio.MB  # two checkpoints and a model of 100,000 Gaussians
 DEFAULT_FPS = 24.0
 MAX_NAME = 100  # bytes; temporary files beside it need a longer name
+FIRST_USE = {
+    "cpu": "its kernels compile on first use, about 20 s",
+    "gsplat": "its kernels build on first use, one or two minutes",
+}
 MODEL = "gaussians.safetensors"
 
 
@@ -78,26 +81,26 @@ def reconstruct(
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
     dataset.find_transforms(path)
-    run = _run_for(path, out, fps)
-    folder = run.folder / "recon" / name
+    home = _home(path, out)
+    folder = home / "recon" / name
+    resume_command = _resume_command(path, home, name, preset, sets, device, overwrite)
+    fileio.require_space(home, SPACE_NEEDED)
+    if is_run(home):
+        _target(Run.open(home), folder, stage, settings, overwrite)  # a conflict is told before images are read
+    observer.message(f"Reading {fileio.quoted(path)}")
+    data = dataset.load(path, size=settings.size or None)
+    if len(data.views.unique()) < 2:
+        raise InputError(f"{fileio.quoted(path)}: all frames have one camera pose; at least 2 are needed")
+    run = Run.open(home) if is_run(home) else Run.create(home, fps if fps is not None else DEFAULT_FPS)
     with run.lock(), kernel_threads():
         fileio.undo_swap(folder)
-        target = _beside(folder) if overwrite and _holds_work(folder) else folder
-        if target == folder:
-            _refuse_conflict(run, folder, stage, settings)
-        elif (target / MODEL).exists() or _difference(target, settings):
+        target = _target(run, folder, stage, settings, overwrite)  # again: another process may have been here
+        if target != folder and ((target / MODEL).exists() or _difference(target, settings)):
             fileio.remove(target)  # an earlier replacement that was given up
-        observer.message(f"Reading {fileio.quoted(path)}")
-        data = dataset.load(path, size=settings.size or None)
-        if len(data.views.unique()) < 2:
-            raise InputError(f"{fileio.quoted(path)}: all frames have one camera pose; at least 2 are needed")
         backend = choose_backend(place)
-        observer.message(
-            f"{len(data)} images, {data.width}×{data.height}; rasterizer: {backend.name} ({backend.reason})"
-        )
-        command = _resume_command(path, run, name, preset, sets, device, overwrite)
-        job = _Job(run, target, settings, data, place, observer, should_stop, command)
-        result = job.fit()
+        observer.message(f"{len(data)} images, {data.width}×{data.height}")
+        observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
+        result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
         if target != folder:
             run.drop_stage(stage)
             fileio.swap_folder(target, folder)
@@ -106,6 +109,7 @@ def reconstruct(
             "iterations": result.iteration,
             "gaussians": len(_best(result)),
             "config": configuration.digest(settings),
+            "dataset": {"name": path.resolve().name, "digest": data.digest()},
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
         run.commit_stage(stage, record)
@@ -135,7 +139,6 @@ class _Job:
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
         state = self._resume() or self._start()
         data = self.data.to(self.device)
-        self.last_save = time.monotonic()
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames), "psnr": f"{state.best_psnr:.3f}"}
         _best(state).save(self.folder / MODEL, metadata)
@@ -155,10 +158,10 @@ class _Job:
             except InputError as error:
                 self.observer.message(f"Warning: {error}; trying an older one")
                 continue
-            if extra["input"] != self.input:
+            if extra.get("data") != self.input:
+                label = fileio.quoted(self.folder)
                 raise ConflictError(
-                    f"{fileio.quoted(self.folder)} holds an unfinished run on other images or cameras; repeat that one,"
-                    " choose another --name or pass --overwrite"
+                    f"{label} was begun on other images or cameras; choose another --name or --overwrite"
                 )
             fileio.truncate(self.folder / "metrics.jsonl", int(extra["log_bytes"]))
             self.observer.message(f"Resuming at iteration {state.iteration}")
@@ -172,8 +175,8 @@ class _Job:
         self.observer.progress(progress, state.best_psnr)
         signum = self.should_stop()
         if progress.validated is not None or signum:
-            written = log.stat().st_size if log.exists() else 0
-            checkpoint.save(self.folder / "ckpt", state, {"log_bytes": written, "input": self.input})
+            extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.input}
+            checkpoint.save(self.folder / "ckpt", state, extra)
         if signum:
             raise Stopped(
                 f"stopped at iteration {state.iteration}, all saved; go on with: {self.resume_command}",
@@ -203,25 +206,14 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _run_for(path: Path, out: str | Path | None, fps: float | None) -> Run:
-    """The run that takes the result: the input itself when it is one, else `out`, opened or created."""
-    if out is None and is_run(path):
-        fileio.require_space(path, SPACE_NEEDED)
-        return Run.open(path)
+def _home(path: Path, out: str | Path | None) -> Path:
+    """The run folder that takes the result: the input itself when it is one; checked, not yet created."""
     source = path.resolve()
-    folder = Path(out) if out is not None else Path("runs") / (source.parent if source.is_file() else source).name
-    fileio.require_space(folder, SPACE_NEEDED)
-    if is_run(folder):
-        return Run.open(folder)
-    return Run.create(folder, fps if fps is not None else DEFAULT_FPS)
-
-
-def _holds_work(folder: Path) -> bool:
-    return (folder / MODEL).exists() or bool(checkpoint.checkpoints(folder / "ckpt"))
-
-
-def _beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.new")
+    default = path if is_run(path) else Path("runs") / (source.parent if source.is_file() else source).name
+    home = default if out is None else Path(out)
+    if not is_run(home):
+        Run.require_free(home)
+    return home
 
 
 def _require_finished_input(path: Path) -> None:
@@ -237,7 +229,13 @@ def _require_finished_input(path: Path) -> None:
     source.require_intact("generate")
 
 
-def _refuse_conflict(run: Run, folder: Path, stage: str, settings: ReconstructConfig) -> None:
+def _target(run: Run, folder: Path, stage: str, settings: ReconstructConfig, overwrite: bool) -> Path:
+    """Where to work: `folder`, or beside it when it holds work that is to be replaced only after success.
+
+    Raises ConflictError for finished work, and for unfinished work with another configuration.
+    """
+    if overwrite and ((folder / MODEL).exists() or checkpoint.checkpoints(folder / "ckpt")):
+        return folder.with_name(f".{folder.name}.new")
     if run.stage(stage) is not None and (folder / MODEL).exists():
         raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
     difference = _difference(folder, settings)
@@ -246,6 +244,7 @@ def _refuse_conflict(run: Run, folder: Path, stage: str, settings: ReconstructCo
             f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
             " repeat that one, choose another --name or pass --overwrite"
         )
+    return folder
 
 
 def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
@@ -257,10 +256,10 @@ def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
 
 
 def _resume_command(
-    path: Path, run: Run, name: str, preset: str | Path, sets: tuple[str, ...], device: str, overwrite: bool
+    path: Path, home: Path, name: str, preset: str | Path, sets: tuple[str, ...], device: str, overwrite: bool
 ) -> str:
     """The same command again, fit for a shell."""
-    folders = [path] if path.resolve() == run.folder.resolve() else [path, run.folder]
+    folders = [path] if path.resolve() == home.resolve() else [path, home]
     words = [f"./{folder}" if str(folder).startswith("-") else str(folder) for folder in folders]
     words = ["d2", "reconstruct", words[0], *(["--out", words[1]] if len(words) > 1 else [])]
     for option, value, default in (("name", name, "main"), ("preset", preset, "quality"), ("device", device, "auto")):

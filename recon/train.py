@@ -17,7 +17,7 @@ from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.losses import photometric_loss
 from d2.recon.metrics import psnr
-from d2.recon.raster import rasterize
+from d2.recon.raster import image_plane_gradient, rasterize
 
 ADAM_EPS = 1e-15
 CHECK_EVERY = 100  # steps between two looks at whether everything is finite
@@ -138,7 +138,7 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     clock("adam")
     state.iteration += 1
     if fraction < config.grow_until:
-        state.stats.add(meta["means2d"].grad.reshape(-1, len(state.gaussians), 2), max(train.width, train.height))
+        state.stats.add(image_plane_gradient(meta), max(train.width, train.height))
         if state.iteration % config.grow_every == 0 and fraction > config.grow_from:
             prune_and_grow(state, config, fraction)
     clock("densify")

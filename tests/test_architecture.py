@@ -21,8 +21,9 @@ LAYERS = [
     ["errors"],
     ["fileio"],
     ["config", "images", "camera", "machine", "noise", "schedule", "models"],
-    ["matrix", "preprocess", "compose", "shard", "denoiser"],
-    ["run", "sampler", "toybox"],
+    ["matrix", "preprocess", "shard", "denoiser"],
+    ["run", "compose"],
+    ["sampler", "toybox"],
     ["train"],
     ["generate"],
 ]

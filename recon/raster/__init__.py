@@ -34,7 +34,7 @@ def choose_backend(device: torch.device | str) -> Backend:
     """The backend for tensors on `device`. Raises SetupError for a device nothing here draws on."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return Backend("cpu", "tensors are on the CPU, and gsplat has CUDA kernels only")
+        return Backend("cpu", "tensors are on the CPU and gsplat has CUDA kernels only")
     if kind == "cuda":
         from d2.recon.raster import gsplat
 
@@ -104,6 +104,12 @@ def rasterize(
     shape = (*batch, C, height, width, -1)
     meta = {"backend": chosen.name, "reason": chosen.reason, "means2d": screen}
     return torch.stack(images).reshape(shape), torch.stack(alphas).reshape(shape), meta
+
+
+def image_plane_gradient(meta: dict) -> Tensor:
+    """Gradient of the loss by every projected mean after backward(): [C, N, 2] per pixel, zero if not drawn."""
+    means2d = meta["means2d"] if isinstance(meta["means2d"], list) else [meta["means2d"]]
+    return torch.cat([each.grad.reshape(-1, *each.shape[-2:]) for each in means2d])
 
 
 class _Options(NamedTuple):

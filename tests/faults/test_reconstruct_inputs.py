@@ -142,13 +142,13 @@ BAD_FRAMES = {
     "absent": (lambda e: e.update(file_path="train/none"), "no image at"),
     "outside": (lambda e: e.update(file_path="../../secret.png"), "leaves the folder"),
     "absolute": (lambda e: e.update(file_path="/etc/hostname"), "relative"),
-    "no path": (lambda e: e.pop("file_path"), "file_path must be a path"),
-    "path of a number": (lambda e: e.update(file_path=3), "file_path must be a path"),
+    "no path": (lambda e: e.pop("file_path"), "file_path must be text"),
+    "path of a number": (lambda e: e.update(file_path=3), "file_path must be text"),
     "path of a folder": (lambda e: e.update(file_path="."), "no image at"),
     "path no system has": (lambda e: e.update(file_path="\ud800"), ""),
     "path too long": (lambda e: e.update(file_path="a" * 5000), "no image at"),
     "mask absent": (lambda e: e.update(mask_path="train/none.png"), "none.png"),
-    "mask null": (lambda e: e.update(mask_path=None), "mask_path must be a path"),
+    "mask null": (lambda e: e.update(mask_path=None), "mask_path must be text"),
 }
 
 
