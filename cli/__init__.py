@@ -1,0 +1,1 @@
+"""The `d2` command: one small file for each group of commands, one border where errors end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -39,15 +40,19 @@ def root(
 
 def main() -> None:
     """Runs the command line; what escapes a command ends here."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None when closed; a path or × must not fail in an ASCII locale
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        os.getcwd()
+    except OSError:  # some libraries end the process when they cannot find themselves from here
+        _fail("error: the working folder is gone; change to one that exists", 3)
     try:
         app()
     except D2Error as error:
         _fail(f"error: {error}", error.exit_code)
     except MemoryError as error:
         _fail(f"error: out of memory: {error or 'use a smaller --set size or fewer Gaussians'}", 5)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
-        raise SystemExit(0) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
@@ -59,20 +64,19 @@ def main() -> None:
 def _fail(line: str, code: int) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    text = " ".join(line.split())
-    print(
-        text.encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(sys.stderr.encoding or "ascii"),
-        file=sys.stderr,
-    )
+    print(" ".join(line.split()), file=sys.stderr)
     raise SystemExit(code)
 
 
 def _log_traceback() -> str:
     from d2 import fileio
 
-    path = os.path.join(tempfile.gettempdir(), f"d2-{os.getpid()}.log")
-    fileio.atomic_write(path, traceback.format_exc().encode())
-    return path
+    try:
+        path = os.path.join(tempfile.gettempdir(), f"d2-{os.getpid()}.log")
+        fileio.atomic_write(path, traceback.format_exc().encode(errors="backslashreplace"))
+        return path
+    except (D2Error, OSError):
+        return "no log: the disk refused; repeat with --debug"
 
 
 if __name__ == "__main__":

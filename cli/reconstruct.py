@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -46,4 +47,5 @@ def reconstruct(
         )
     else:
         typer.echo(f"{result.model}: {result.gaussians} Gaussians, {result.psnr:.2f} dB on held-out cells")
-        typer.echo(f"Next: d2 export {result.folder.parent.parent} --format ply,mp4,contact")
+        run_folder = shlex.quote(str(result.folder.parent.parent))
+        typer.echo(f"Next: d2 export {run_folder} --format ply,mp4,contact")

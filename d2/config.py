@@ -50,7 +50,7 @@ def load(cls: type[Config], *sources: str | Path | dict[str, Any], sets: tuple[s
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{name}: {first['msg'].lower()}, got {first['input']!r}") from error
+        raise InputError(f"{name}: {first['msg'].lower()}, got {_shown(first['input'])}") from error
 
 
 def preset_path(name: str | Path) -> Path:
@@ -91,6 +91,13 @@ def _known(cls: type, layer: dict[str, Any], label: str) -> dict[str, Any]:
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
             raise InputError(f"{label}: unknown field {key!r}{hint}")
     return layer
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand in a message; Python refuses to write integers of more than 4300 digits."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _parse_set(text: str) -> tuple[str, Any]:

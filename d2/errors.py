@@ -1,5 +1,7 @@
 """What a user can cause, one class per exit code: each message says what, where, expected, got, next step."""
 
+MAX_MESSAGE = 2000  # characters; a message may quote a value from a file, however long
+
 
 class D2Error(Exception):
     """Root of every failure d2 announces in one line; `exit_code` is what the process ends with."""
@@ -7,7 +9,7 @@ class D2Error(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(message.split())[:MAX_MESSAGE])
 
 
 class UsageError(D2Error):

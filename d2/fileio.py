@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MB = 1 << 20
-JSON_CAP = 1 * MB  # bytes, for manifests and configs; transforms.json passes its own
+JSON_CAP = 1 * MB  # bytes, for manifests; transforms.json passes its own
+YAML_CAP = MB // 16  # the parser reads 80 kB a second
 TRANSFORMS_CAP = 32 * MB
 SAFETENSORS_CAP = 16 << 30
 METADATA_KEY = "d2"  # of a safetensors file, holding one JSON object of texts
@@ -144,12 +146,28 @@ def swap_folder(new: str | Path, final: str | Path) -> None:
     remove(old)
 
 
+def undo_swap(final: str | Path) -> None:
+    """Brings the old folder back where a swap_folder died between its two renames."""
+    final = Path(final)
+    old = final.with_name(f".{final.name}.old")
+    if old.is_dir() and not final.exists():
+        os.replace(old, final)
+
+
 def require_space(folder: str | Path, needed: int) -> None:
-    """Raises ResourceError unless `needed` bytes are free where `folder` is or will be."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    """Raises InputError unless `folder` is or can become a writable folder, ResourceError unless `needed` bytes
+    are free there."""
+    try:
+        existing = Path(folder).absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise InputError(f"{quoted(folder)} cannot be a folder: {quoted(existing)} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"{quoted(folder)}: permission denied to write in {quoted(existing)}")
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise InputError(f"cannot use {quoted(folder)}: {(error.strerror or str(error)).lower()}") from error
     if free < needed:
         raise ResourceError(f"{folder}: {needed / MB:.0f} MB of disk needed, {free / MB:.0f} MB free")
 
@@ -196,15 +214,17 @@ def read_json(path: str | Path, cap: int = JSON_CAP) -> Any:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, bounded nesting. Raises InputError."""
     data = read_bytes(path, cap)
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{quoted(path)} is not valid JSON: {str(error) or 'nested too deeply'}") from error
     _check_nesting(value, path)
     return value
 
 
-def read_yaml(path: str | Path, cap: int = JSON_CAP) -> Any:
-    """YAML 1.2, safe types only, no duplicate keys, `1e-5` is a number. Raises InputError."""
+def read_yaml(path: str | Path, cap: int = YAML_CAP) -> Any:
+    """YAML 1.2, safe types only, no duplicate keys, no aliases, `1e-5` is a number. Raises InputError."""
     data = read_bytes(path, cap)
     try:
         text = data.decode("utf-8-sig")
@@ -266,7 +286,7 @@ def quoted(path: str | Path) -> str:
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: text that no file name can hold
         raise InputError(f"cannot follow {quoted(path)}: {error}") from error
 
 
@@ -286,14 +306,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_nesting(value: Any, path: str | Path) -> None:
+    """Bounds the depth, and refuses containers that occur twice: YAML aliases write 10^9 values in ten lines."""
+    seen: set[int] = set()
     level = [value]
     for _ in range(MAX_NESTING):
-        level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]
+        containers = [v for v in level if isinstance(v, dict | list)]
+        ids = {id(v) for v in containers}
+        if len(ids) < len(containers) or ids & seen:
+            raise InputError(f"{quoted(path)} uses YAML aliases; write the values out")
+        seen |= ids
+        level = [c for v in containers for c in (v.values() if isinstance(v, dict) else v)]
         if not level:
             return
     raise InputError(f"{quoted(path)} is nested deeper than {MAX_NESTING} levels")

@@ -3,51 +3,73 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from d2 import fileio
-from d2.errors import InputError, SetupError
+from d2.errors import InputError, ResourceError, SetupError
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_FILE = 512 * fileio.MB
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow knows more, some of which start other programs
 
 
 def read_rgba(path: str | Path) -> tuple[np.ndarray, bool]:
     """uint8 [H, W, 4] and whether the file itself has transparency. Raises InputError naming the file."""
     image = open_image(path)
-    has_alpha = "A" in image.getbands() or "transparency" in image.info
-    return np.asarray(image.convert("RGBA")), has_alpha
+    has_alpha = image.has_transparency_data
+    if image.mode not in ("RGB", "RGBA") and not has_alpha:
+        image = _decoded(path, lambda: image.convert("RGB"))  # not every mode converts to RGBA at once
+    return np.asarray(_decoded(path, lambda: image.convert("RGBA"))), has_alpha
 
 
 def open_image(path: str | Path) -> Image.Image:
     """A fully decoded 8-bit image, EXIF orientation applied, 16-bit scaled. Raises InputError."""
-    from PIL import ImageOps
+    image = _opened(path)
 
-    data = fileio.read_bytes(path, MAX_FILE)
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"{fileio.quoted(path)} is {image.width}×{image.height}, more than {MAX_PIXELS >> 20} MP")
+    def load() -> Image.Image:
         image.load()
-        image = ImageOps.exif_transpose(image)
-    except (
-        UnidentifiedImageError,
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise InputError(f"{fileio.quoted(path)} is not a readable image: {str(error)[:200]}") from error
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        image = Image.fromarray(np.clip(values / (257 if values.max() > 255 else 1), 0, 255).round().astype(np.uint8))
+        return _eight_bit(ImageOps.exif_transpose(image))
+
+    return _decoded(path, load)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Width and height as stored, without decoding the pixels. Raises InputError naming the file."""
+    return _opened(path).size
+
+
+def _opened(path: str | Path) -> Image.Image:
+    data = fileio.read_bytes(path, MAX_FILE)
+    image = _decoded(path, lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{fileio.quoted(path)} is {image.width}×{image.height}, more than {MAX_PIXELS >> 20} MP")
     return image
+
+
+def _decoded(path: str | Path, decode: Callable[[], Image.Image]) -> Image.Image:
+    """Calls a decoder; on damaged files they raise nearly every class of exception there is."""
+    try:
+        return decode()
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"{fileio.quoted(path)} is not a readable image: {str(error)[:200]}") from error
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits; Pillow keeps it in 32 where the file leaves the depth open."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, np.float64)
+    deep = image.mode.startswith("I;16") or values.max() > 255
+    return Image.fromarray(np.clip(values / (257 if deep else 1), 0, 255).round().astype(np.uint8))
 
 
 def png_bytes(array: np.ndarray) -> bytes:
@@ -109,6 +131,8 @@ def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> Non
         finally:
             if writer is not None:
                 writer.close()
+        if temporary.stat().st_size == 0:  # ffmpeg's last words are lost when it fails at the end
+            raise ResourceError(f"cannot write {fileio.quoted(path)}: ffmpeg wrote nothing")
 
 
 def _pad_even(frame: np.ndarray) -> np.ndarray:

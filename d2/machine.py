@@ -97,7 +97,7 @@ def _cuda() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check("cuda", False, False, f"torch does not import: {str(error)[:200]}")
+        return Check("cuda", False, False, _library_hint("torch", str(error)))
     if torch.cuda.is_available():
         return Check("cuda", True, True, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
     reason = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2 import images
+from d2 import fileio, images
 from d2.errors import InputError
 
 
@@ -23,24 +23,32 @@ class ImageMatrix:
     def __init__(self, folder: str | Path, views: int, frames: int):
         self.folder, self.views, self.frames = Path(folder), views, frames
         cells = [(v, f) for v in range(views) for f in range(frames)]
+        if not cells:
+            raise InputError(f"{fileio.quoted(folder)}: a matrix of {views} views × {frames} frames holds no image")
         missing = [cell for cell in cells if not (self.folder / cell_path(*cell)).is_file()]
-        if not cells or missing:
-            names = ", ".join(f"view {v} frame {f}" for v, f in missing[:3])
-            raise InputError(f"{self.folder}: {len(missing)} of {len(cells)} images are missing: {names}")
-        self.height, self.width = self[0, 0].shape[:2]
+        if missing:
+            raise InputError(
+                f"{fileio.quoted(folder)}: {len(missing)} of {len(cells)} images are missing: {_first_three(missing)}"
+            )
+        self.width, self.height = images.read_size(self.folder / cell_path(0, 0))
+        size = self.width, self.height
+        odd = [cell for cell in cells if images.read_size(self.folder / cell_path(*cell)) != size]
+        if odd:
+            raise InputError(
+                f"{fileio.quoted(folder)}: {len(odd)} of {len(cells)} images are not {size[0]}×{size[1]} like the"
+                f" first: {_first_three(odd)}"
+            )
 
     def __getitem__(self, cell: tuple[int, int]) -> np.ndarray:
-        """uint8 [H, W, 4]; raises InputError naming the cell when its file is damaged or of another size."""
-        view, frame = cell
-        rgba, _ = images.read_rgba(self.folder / cell_path(view, frame))
-        expected = (getattr(self, "height", rgba.shape[0]), getattr(self, "width", rgba.shape[1]))
-        if rgba.shape[:2] != expected:
-            got = f"{rgba.shape[1]}×{rgba.shape[0]}, expected {expected[1]}×{expected[0]}"
-            raise InputError(f"{self.folder}: view {view} frame {frame} is {got}")
-        return rgba
+        """uint8 [H, W, 4]; raises InputError naming the file, and with it the cell, when it is damaged."""
+        return images.read_rgba(self.folder / cell_path(*cell))[0]
 
     def tensor(self, views: list[int], frames: list[int], background: float = 1.0) -> Tensor:
         """float32 [v, f, 3, H, W] in 0..1, composited on a grey level."""
         cells = np.stack([np.stack([self[v, f] for f in frames]) for v in views]).astype(np.float32) / 255
         rgb = cells[..., :3] * cells[..., 3:] + background * (1 - cells[..., 3:])
         return torch.from_numpy(rgb).movedim(-1, 2).contiguous()
+
+
+def _first_three(cells: list[tuple[int, int]]) -> str:
+    return ", ".join(f"view {v} frame {f}" for v, f in cells[:3])

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +21,7 @@ MANIFEST = "run.json"
 TRANSFORMS = "transforms.json"
 LOCK = ".lock"
 VERSION = 1
+MAX_CELLS = 100_000  # images of a matrix, far above any model
 
 
 class Run:
@@ -43,9 +43,9 @@ class Run:
     def require_free(folder: str | Path) -> None:
         """Raises unless a new run can be created at `folder`: absent, or an empty folder."""
         folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{fileio.quoted(folder)} is a file; a run needs a folder")
-        if folder.is_dir() and any(folder.iterdir()):
+        fileio.require_space(folder, 0)
+        # Temporary files of a process that died before its first commit start with a dot.
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")
 
     @classmethod
@@ -56,15 +56,20 @@ class Run:
         if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
             raise InputError(f"{fileio.quoted(folder / MANIFEST)} is not a run manifest")
         version = manifest.get("version")
-        if version != VERSION:
+        if version != VERSION or isinstance(version, bool):
             raise InputError(
-                f"{fileio.quoted(folder)} has run format {version!r}; this d2 {__version__} reads {VERSION}"
+                f"{fileio.quoted(folder)} has run format {version!r}, written by d2 {manifest.get('d2')!r}; this d2"
+                f" {__version__} reads format {VERSION}: use the d2 that wrote it"
             )
         fps = manifest.get("fps")
         if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= 1000:
             raise InputError(f"{fileio.quoted(folder / MANIFEST)}: fps must be in 0..1000, got {fps!r}")
-        if not all(isinstance(stage, dict) for stage in manifest["stages"].values()):
-            raise InputError(f"{fileio.quoted(folder / MANIFEST)}: every stage must be an object")
+        for name, stage in manifest["stages"].items():
+            if not isinstance(stage, dict):
+                raise InputError(f"{fileio.quoted(folder / MANIFEST)}: stage {name!r} must be an object")
+            _check_files(folder, name, stage)
+        if "generate" in manifest["stages"]:
+            _check_matrix(folder, manifest["stages"]["generate"])
         return cls(folder, manifest)
 
     @property
@@ -91,6 +96,7 @@ class Run:
     ) -> None:
         """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done."""
         views = len(rig.azimuth)
+        self.drop_stage("generate")
         digests = {}
         for v in range(views):
             for f in range(frames):
@@ -105,13 +111,25 @@ class Run:
         stage = self.stage("generate")
         if stage is None:
             raise ConflictError(f"{fileio.quoted(self.folder)} has no finished matrix; run d2 generate --resume first")
-        return ImageMatrix(self.folder, int(stage["views"]), int(stage["frames"]))
+        return ImageMatrix(self.folder, stage["views"], stage["frames"])
+
+    def require_intact(self, name: str) -> None:
+        """Raises InputError naming the first file of a stage that is gone or is not what the stage recorded."""
+        for relative, digest in (self.stage(name) or {}).get("files", {}).items():
+            path = fileio.inside(self.folder, relative)
+            if not os.path.isfile(path):  # pathlib's raises for names that are too long
+                raise InputError(f"{fileio.quoted(path)} is missing; restore it or repeat the {name} stage")
+            if fileio.sha256(path) != digest:
+                raise InputError(
+                    f"{fileio.quoted(path)} changed since it was made (sha256 differs from run.json); restore it or"
+                    f" repeat the {name} stage"
+                )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for one process; a dead owner's lock is taken over. Raises ConflictError."""
         path = self.folder / LOCK
-        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": int(time.time())}
+        mine = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname()}
         while not fileio.create_exclusive(path, json.dumps(mine).encode()):
             owner = _lock_owner(path)
             if owner is not None and _alive(owner):
@@ -119,6 +137,7 @@ class Run:
                 raise ConflictError(f"{fileio.quoted(self.folder)} is locked by {where}")
             fileio.remove(path)
         try:
+            self.manifest = type(self).open(self.folder).manifest  # another process may have committed meanwhile
             yield
         finally:
             fileio.remove(path)
@@ -160,7 +179,7 @@ def frame_time(frame: int, frames: int) -> float:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run manifest."""
-    return (Path(folder) / MANIFEST).is_file()
+    return os.path.isfile(Path(folder) / MANIFEST)  # pathlib's raises for names that are too long
 
 
 def _lock_owner(path: Path) -> dict[str, Any] | None:
@@ -176,14 +195,37 @@ def _alive(owner: dict[str, Any]) -> bool:
     if owner.get("host") != socket.gethostname():
         return True  # cannot be asked from here
     pid = owner.get("pid")
-    if not isinstance(pid, int) or pid <= 0:
+    if type(pid) is not int or not 0 < pid < 2**31:
         return False
-    if pid == os.getpid():
-        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    return _started(pid) == owner.get("started")  # else a new process has the number of the dead one
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None where that is not told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _check_files(folder: Path, name: str, stage: dict[str, Any]) -> None:
+    files = stage.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise InputError(f"{fileio.quoted(folder / MANIFEST)}: files of stage {name!r} must map paths to sha256")
+    for relative in files:
+        fileio.inside(folder, relative)
+
+
+def _check_matrix(folder: Path, stage: dict[str, Any]) -> None:
+    for key in ("views", "frames"):
+        value = stage.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_CELLS:
+            raise InputError(f"{fileio.quoted(folder / MANIFEST)}: {key} must be in 1..{MAX_CELLS}, got {value!r}")
+    if stage["views"] * stage["frames"] > MAX_CELLS:
+        raise InputError(f"{fileio.quoted(folder / MANIFEST)}: more than {MAX_CELLS} images")

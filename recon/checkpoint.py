@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -40,8 +41,11 @@ def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
         "extra": extra,
     }
     path = folder / f"step_{state.iteration:08d}.safetensors"
-    fileio.write_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(scalars)})
-    for old in checkpoints(folder)[:-KEEP]:
+    text = json.dumps(scalars)
+    fileio.write_tensors(path, tensors, {"format": FORMAT, "state": text, "sha256": _digest(tensors, text)})
+    every = checkpoints(folder)
+    up_to_here = [p for p in every if p.name <= path.name]  # later ones are what a damaged file left behind
+    for old in set(every) - set(up_to_here[-KEEP:]):
         fileio.remove(old)
     return path
 
@@ -57,6 +61,8 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
     try:
         if metadata["format"] != FORMAT:
             raise InputError(f"{fileio.quoted(path)} is not a checkpoint of this d2")
+        if metadata["sha256"] != _digest(tensors, metadata["state"]):
+            raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: its sha256 differs")
         scalars = json.loads(metadata["state"])
         gaussians = Gaussians4D.checked(_under(tensors, "gaussians."), str(path)).map(lambda x: x.to(device))
         state = state_of(gaussians, float(scalars["half_side"]))
@@ -79,6 +85,14 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
         return state, dict(scalars["extra"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: {error}") from error
+
+
+def _digest(tensors: dict[str, torch.Tensor], scalars: str) -> str:
+    """sha256 of everything in a checkpoint: the file format itself would not notice a flipped bit."""
+    digest = hashlib.sha256(scalars.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from d2.errors import InputError
 
 RIGID_TOLERANCE = 1e-3
 BACKGROUND_SPREAD = 6 / 255  # border pixels this close to one colour make it the background
+VISIBLE_ALPHA = 64  # of 255: where a mask begins
+MAX_LENGTH = 1e9  # world units or pixels: float32 squares stay finite
 IMAGE_SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -82,9 +85,9 @@ def find_transforms(path: str | Path, split: str = "train") -> Path:
     Raises InputError when there is none.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib's raises for names that are too long
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"{fileio.quoted(path)} does not exist")
     for name in (f"transforms_{split}.json", "transforms.json"):
         if (path / name).is_file():
@@ -103,7 +106,8 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     entries = meta.get("frames") if isinstance(meta, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
-    _refuse_distortion(meta, file)
+    for part in (meta, *entries):
+        _refuse_distortion(part, file)
     poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
     times = _times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -111,9 +115,12 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     sizes = {cell.rgba.shape for cell in cells}
     if len(sizes) > 1:
         odd = next(k for k, cell in enumerate(cells) if cell.rgba.shape != cells[0].rgba.shape)
-        raise InputError(f"{fileio.quoted(file)}: frame {odd} differs in size from frame 0; one size is needed")
+        name = entries[odd]["file_path"]
+        raise InputError(f"{fileio.quoted(file)}: frame {odd} differs in size from frame 0 ({name!r})")
     pictures = np.stack([cell.rgba for cell in cells])
     has_alpha = any(cell.has_alpha for cell in cells) and bool((pictures[..., 3] < 250).any())
+    if not (pictures[..., 3] >= VISIBLE_ALPHA).any():
+        raise InputError(f"{fileio.quoted(file)}: no foreground, every image is transparent")
     border, is_plain = _border_colour(pictures)
     return Dataset(
         images=torch.from_numpy(pictures),
@@ -141,7 +148,7 @@ def _cell(file: Path, k: int, entry: dict[str, Any], meta: dict[str, Any], size:
     height, width = rgba.shape[:2]
     K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
     if "mask_path" in entry:
-        rgba, has_alpha = _with_mask(rgba, _resolve(file, k, entry["mask_path"])), True
+        rgba, has_alpha = _with_mask(rgba, _resolve(file, k, entry, "mask_path")), True
     scale = 1.0 if size is None else size / max(width, height)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
     K = np.diag([w / width, h / height, 1.0]) @ K
@@ -150,17 +157,18 @@ def _cell(file: Path, k: int, entry: dict[str, Any], meta: dict[str, Any], size:
 
 def _image_path(file: Path, k: int, entry: dict[str, Any]) -> Path:
     """The image of a frame; Blender's files leave the suffix out."""
-    named = _resolve(file, k, entry.get("file_path"))
+    named = _resolve(file, k, entry, "file_path")
     for suffix in IMAGE_SUFFIXES:
-        candidate = named.with_name(named.name + suffix)
-        if candidate.is_file():
+        candidate = Path(f"{named}{suffix}")
+        if os.path.isfile(candidate):
             return candidate
     raise InputError(f"{fileio.quoted(file)}: frame {k}: no image at {fileio.quoted(named)}")
 
 
-def _resolve(file: Path, k: int, relative: Any) -> Path:
+def _resolve(file: Path, k: int, entry: dict[str, Any], field: str) -> Path:
+    relative = entry.get(field)
     if not isinstance(relative, str) or not relative:
-        raise InputError(f"{fileio.quoted(file)}: frame {k}: file_path must be text, got {relative!r}")
+        raise InputError(f"{fileio.quoted(file)}: frame {k}: {field} must be text, got {relative!r}")
     try:
         return fileio.inside(file.parent, relative)
     except InputError as error:
@@ -183,7 +191,7 @@ def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height:
         value = entry.get(key, meta.get(key))
         if value is None:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value <= MAX_LENGTH:
             raise InputError(f"{where}: {key} must be a positive number, got {value!r}")
         return float(value)
 
@@ -221,12 +229,12 @@ def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
     where = f"{fileio.quoted(file)}: frame {k}"
     try:
         matrix = np.array(entry.get("transform_matrix"), dtype=float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: transform_matrix is not a matrix of numbers") from error
     if matrix.shape == (3, 4):
         matrix = np.vstack([matrix, [0, 0, 0, 1]])
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-        raise InputError(f"{where}: transform_matrix must be 4×4 and finite")
+    if matrix.shape != (4, 4) or not (np.abs(matrix) <= MAX_LENGTH).all():
+        raise InputError(f"{where}: transform_matrix must be 4×4 (or 3×4), finite and within ±{MAX_LENGTH:g}")
     R = matrix[:3, :3]
     if np.abs(R.T @ R - np.eye(3)).max() > RIGID_TOLERANCE:
         raise InputError(f"{where}: transform_matrix is not rigid (it scales or shears)")

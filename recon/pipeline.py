@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from d2.run import Run, is_run
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl
 SPACE_NEEDED = 64 * fileio.MB  # two checkpoints and a model of 100,000 Gaussians
 DEFAULT_FPS = 24.0
+MAX_NAME = 100  # bytes; temporary files beside it need a longer name
 FIRST_USE = {
     "cpu": "its kernels compile on first use, about 20 s",
     "gsplat": "its kernels build on first use, one or two minutes",
@@ -77,23 +79,31 @@ def reconstruct(
     path = Path(path)
     settings = configuration.load(ReconstructConfig, preset, sets=sets)
     place = choose_device(device)
+    stage = f"reconstruct:{plain_name(name)}"
+    _require_finished_input(path)
     dataset.find_transforms(path)
     home = _home(path, out)
-    folder = home / "recon" / plain_name(name)
-    resume_command = _resume_command(path, home, name, preset, sets, overwrite)
-    target = _target(folder, settings, path, overwrite)
+    folder = home / "recon" / name
+    resume_command = _resume_command(path, home, name, preset, sets, device, overwrite)
     fileio.require_space(home, SPACE_NEEDED)
-    observer.message(f"Reading {path}")
+    if is_run(home):
+        _target(Run.open(home), folder, stage, settings, overwrite)  # a conflict is told before images are read
+    observer.message(f"Reading {fileio.quoted(path)}")
     data = dataset.load(path, size=settings.size or None)
+    if len(data.views.unique()) < 2:
+        raise InputError(f"{fileio.quoted(path)}: all frames have one camera pose; at least 2 are needed")
     run = Run.open(home) if is_run(home) else Run.create(home, fps if fps is not None else DEFAULT_FPS)
     with run.lock(), kernel_threads():
-        target = _target(folder, settings, path, overwrite)  # again: another process may have been here
+        fileio.undo_swap(folder)
+        target = _target(run, folder, stage, settings, overwrite)  # again: another process may have been here
+        if target != folder and ((target / MODEL).exists() or _difference(target, settings)):
+            fileio.remove(target)  # an earlier replacement that was given up
         backend = choose_backend(place)
         observer.message(f"{len(data)} images, {data.width}×{data.height}")
         observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
         result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
         if target != folder:
-            run.drop_stage(f"reconstruct:{name}")
+            run.drop_stage(stage)
             fileio.swap_folder(target, folder)
         record = {
             "psnr": result.best_psnr,
@@ -103,7 +113,7 @@ def reconstruct(
             "dataset": {"name": path.resolve().name, "digest": data.digest()},
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
-        run.commit_stage(f"reconstruct:{name}", record)
+        run.commit_stage(stage, record)
     return Reconstruction(
         folder,
         folder / MODEL,
@@ -126,6 +136,7 @@ class _Job:
     resume_command: str
 
     def fit(self) -> train.State:
+        self.input = self.data.digest()
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
         state = self._resume() or self._start()
         data = self.data.to(self.device)
@@ -147,7 +158,7 @@ class _Job:
             except InputError as error:
                 self.observer.message(f"Warning: {error}; trying an older one")
                 continue
-            if extra.get("data") != self.data.digest():
+            if extra.get("data") != self.input:
                 label = fileio.quoted(self.folder)
                 raise ConflictError(
                     f"{label} was begun on other images or cameras; choose another --name or --overwrite"
@@ -164,7 +175,7 @@ class _Job:
         self.observer.progress(progress, state.best_psnr)
         signum = self.should_stop()
         if progress.validated is not None or signum:
-            extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.data.digest()}
+            extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.input}
             checkpoint.save(self.folder / "ckpt", state, extra)
         if signum:
             raise Stopped(
@@ -189,38 +200,45 @@ def choose_device(name: str) -> torch.device:
 
 def plain_name(name: str) -> str:
     """A reconstruction's name, refused when it is not a plain file name."""
-    if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>|') or not name.isprintable():
-        raise InputError(f"--name {name!r}: expected a plain file name")
+    plain = name.isprintable() and not name.startswith(".") and not any(c in name for c in '/\\:*?"<>|')
+    if not plain or not 1 <= len(name.encode()) <= MAX_NAME:
+        raise InputError(f"--name {name!r}: expected a plain file name of at most {MAX_NAME} bytes")
     return name
 
 
 def _home(path: Path, out: str | Path | None) -> Path:
     """The run folder that takes the result: the input itself when it is one; checked, not yet created."""
-    home = (
-        path if out is None and is_run(path) else Path(out) if out is not None else Path("runs") / path.resolve().name
-    )
+    source = path.resolve()
+    default = path if is_run(path) else Path("runs") / (source.parent if source.is_file() else source).name
+    home = default if out is None else Path(out)
     if not is_run(home):
         Run.require_free(home)
-    elif Run.open(home).stage("generate") is None and home.resolve() == path.resolve():
-        label = fileio.quoted(path)
-        raise ConflictError(f"{label}: the generate stage is not finished; run d2 generate --resume first")
     return home
 
 
-def _target(folder: Path, settings: ReconstructConfig, path: Path, overwrite: bool) -> Path:
+def _require_finished_input(path: Path) -> None:
+    """Where the input is a run folder, its matrix is committed and its files are those that were committed."""
+    if not is_run(path):
+        return
+    source = Run.open(path)
+    if source.stage("generate") is None:
+        raise ConflictError(
+            f"{fileio.quoted(path)} holds no finished matrix; run d2 generate --resume first, or name the folder of"
+            " the images"
+        )
+    source.require_intact("generate")
+
+
+def _target(run: Run, folder: Path, stage: str, settings: ReconstructConfig, overwrite: bool) -> Path:
     """Where to work: `folder`, or beside it when it holds work that is to be replaced only after success.
 
     Raises ConflictError for finished work, and for unfinished work with another configuration.
     """
-    finished, unfinished = (folder / MODEL).exists(), checkpoint.checkpoints(folder / "ckpt")
-    if overwrite and (finished or unfinished):
-        beside = folder.with_name(f".{folder.name}.new")
-        if _difference(beside, settings):  # left by an interrupted --overwrite of another kind
-            fileio.remove(beside)
-        return beside
-    if finished:
+    if overwrite and ((folder / MODEL).exists() or checkpoint.checkpoints(folder / "ckpt")):
+        return folder.with_name(f".{folder.name}.new")
+    if run.stage(stage) is not None and (folder / MODEL).exists():
         raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
-    difference = _difference(folder, settings) if unfinished else None
+    difference = _difference(folder, settings)
     if difference:
         raise ConflictError(
             f"{fileio.quoted(folder)} holds an unfinished run with another configuration ({difference});"
@@ -230,22 +248,24 @@ def _target(folder: Path, settings: ReconstructConfig, path: Path, overwrite: bo
 
 
 def _difference(folder: Path, settings: ReconstructConfig) -> str | None:
-    """The first field in which the configuration stored in `folder` differs, if one is stored."""
-    if not (folder / "config.yaml").exists():
+    """The first field in which the unfinished work in a folder differs; None when nothing does or nothing is there."""
+    if not checkpoint.checkpoints(folder / "ckpt"):
         return None
     old = fileio.read_yaml(folder / "config.yaml")
     return configuration.first_difference(old if isinstance(old, dict) else {}, configuration.resolved(settings))
 
 
 def _resume_command(
-    path: Path, home: Path, name: str, preset: str | Path, sets: tuple[str, ...], overwrite: bool
+    path: Path, home: Path, name: str, preset: str | Path, sets: tuple[str, ...], device: str, overwrite: bool
 ) -> str:
-    words = ["d2 reconstruct", fileio.quoted(path)]
-    words += [f"--out {fileio.quoted(home)}"] if path.resolve() != home.resolve() else []
-    words += [f"--name {name}"] if name != "main" else []
-    words += [f"--preset {preset}"] if str(preset) != "quality" else []
-    words += [f"--set {text}" for text in sets] + ["--overwrite"] * overwrite
-    return " ".join(words)
+    """The same command again, fit for a shell."""
+    folders = [path] if path.resolve() == home.resolve() else [path, home]
+    words = [f"./{folder}" if str(folder).startswith("-") else str(folder) for folder in folders]
+    words = ["d2", "reconstruct", words[0], *(["--out", words[1]] if len(words) > 1 else [])]
+    for option, value, default in (("name", name, "main"), ("preset", preset, "quality"), ("device", device, "auto")):
+        words += [f"--{option}", str(value)] if value != default else []
+    words += [word for text in sets for word in ("--set", text)]
+    return shlex.join([*words, *(["--overwrite"] if overwrite else [])])
 
 
 def _log_record(progress: train.Progress) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Splat files, one module for each format."""
