@@ -242,7 +242,7 @@ def pictures(scene: Scene) -> Dataset:
     rgba = torch.from_numpy(images.to_uint8(torch.cat([image, alpha], -1).numpy()))
     names = tuple(f"view {v}" for v in range(VIEWS))
     moments = torch.linspace(0, 1, VIEWS)
-    return Dataset(rgba, viewmats, Ks, moments, torch.arange(VIEWS), True, torch.ones(3), names)
+    return Dataset(rgba, viewmats, Ks, moments, torch.arange(VIEWS), True, torch.ones(3), True, names)
 
 
 # -- the table ---------------------------------------------------------------------------------------------
