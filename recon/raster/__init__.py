@@ -163,15 +163,14 @@ def _draw_cpu(means, quats, scales, opacities, features, viewmat, K, screen, c, 
             float(o.motion.t[c]),
         )
     camera = cpu.Camera(K, o.width, o.height, o.near_plane, o.far_plane, o.eps2d, t, o.antialiased)
-    images, alpha = [], None
-    for group in features.split(3, -1):  # the kernels draw three channels at a time
-        padded = torch.nn.functional.pad(group, (0, 3 - group.shape[-1]))
-        image, a = cpu.splat(
-            means, quats, scales, opacities, padded, velocities, times, durations, screen, viewmat, camera
-        )
-        images.append(image[..., : group.shape[-1]])
-        alpha = a if alpha is None else alpha
-    return torch.cat(images, -1) if len(images) > 1 else images[0], alpha
+    moving = (velocities, times, durations, screen, viewmat, camera)
+    if features.shape[-1] == 3:
+        return cpu.splat(means, quats, scales, opacities, features, *moving)
+    padded = torch.nn.functional.pad(
+        features, (0, -features.shape[-1] % 3)
+    )  # the kernels draw three channels at a time
+    drawn = [cpu.splat(means, quats, scales, opacities, group, *moving) for group in padded.split(3, -1)]
+    return torch.cat([image for image, _ in drawn], -1)[..., : features.shape[-1]], drawn[0][1]
 
 
 def _draw_reference(means, quats, scales, opacities, features, viewmat, K, screen, c, o: _Options):

@@ -27,18 +27,26 @@ class Camera(NamedTuple):
     antialiased: bool
 
 
+_NAMES = ("means", "quats", "scales", "opacities", "colors", "velocities", "times", "durations", "screen")
+
+
 class _Splat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, camera: Camera, viewmat: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """tensors: means quats scales opacities colors velocities times durations screen."""
+        """tensors: those of _NAMES."""
         arrays = [_float32(tensor) for tensor in tensors]
         N = len(arrays[0])
         c = p.pack_camera(_float32(viewmat), camera.K.numpy(), *camera[1:])
+        if not np.isfinite(c).all():
+            raise NumericalError("rasterize: the camera (viewmats, Ks or t) is not finite")
         splats, rects = np.empty((N, p.SPLAT_FLOATS), np.float32), np.empty((N, 4), np.int32)
         keys = np.empty(N, np.uint64)
         p.project(*arrays, c, splats, rects, keys)
         front_to_back = np.sort(keys)
-        order = (front_to_back[: np.searchsorted(front_to_back, p.INVISIBLE)] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        drawn = np.searchsorted(front_to_back, p.POISONED)
+        if drawn < N and front_to_back[drawn] == p.POISONED:
+            _refuse_poison(arrays, int(np.argmax(keys == p.POISONED)))
+        order = (front_to_back[:drawn] & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
         tiles_x, tiles_y = -(-camera.width // tiles.TILE), -(-camera.height // tiles.TILE)
         lists = tiles.bin_splats(order, rects, keys, tiles_x, tiles_y, numba.get_num_threads())
@@ -48,19 +56,21 @@ class _Splat(torch.autograd.Function):
         tiles.composite(offsets, ids, rects, splats, image, transmittance)
 
         ctx.arrays, ctx.camera = arrays, c
-        ctx.lists = (*lists, rects, splats, image, transmittance)
+        ctx.lists = (*lists, rects, splats, transmittance)
         ctx.dtypes = [viewmat.dtype, *(tensor.dtype for tensor in tensors)]
-        # A copy, because callers may write into what they get while backward still needs ours.
-        return torch.from_numpy(image.copy()), torch.from_numpy(1 - transmittance)
+        result = torch.from_numpy(image)
+        ctx.save_for_backward(result)  # so that writing into it before backward is an error, not a wrong gradient
+        return result, torch.from_numpy(1 - transmittance)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_image: Tensor, g_alpha: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         means, quats, scales, opacities, _, velocities, times, durations, _ = ctx.arrays
-        offsets, ids, slots, starts, rects, splats, image, transmittance = ctx.lists
+        offsets, ids, slots, starts, rects, splats, transmittance = ctx.lists
+        (image,) = ctx.saved_tensors
         rows = np.empty((len(ids), p.SPLAT_FLOATS), np.float32)
         tiles.composite_backward(
-            offsets, ids, slots, rects, splats, image, transmittance,
+            offsets, ids, slots, rects, splats, image.numpy(), transmittance,
             _float32(g_image), _float32(g_alpha), rows,
         )  # fmt: skip
         grads = [np.zeros_like(array) for array in ctx.arrays]
@@ -95,20 +105,18 @@ def splat(
 
     Raises NumericalError naming the first Gaussian with a parameter that is NaN or infinite.
     """
-    named = {"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors,
-             "velocities": velocities, "times": times, "screen": screen}  # fmt: skip
-    for name, tensor in named.items():
-        require_finite(name, tensor)
-    return _Splat.apply(camera, viewmat, *list(named.values())[:-1], durations, screen)  # type: ignore[return-value]
+    arguments = (means, quats, scales, opacities, colors, velocities, times, durations, screen)
+    return _Splat.apply(camera, viewmat, *arguments)  # type: ignore[return-value]
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raises NumericalError that names the first row of `tensor` holding NaN or infinity."""
-    # A sum is one pass and no temporary; it can overflow without any bad entry, hence the second look.
-    if not torch.isfinite(tensor.detach().sum()):
-        bad = (~torch.isfinite(tensor.detach())).flatten(1).any(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
-        if bad.any():
-            raise NumericalError(f"rasterize: {name}[{int(bad.nonzero()[0])}] is not finite")
+def _refuse_poison(arrays: list[np.ndarray], i: int) -> None:
+    """Raises NumericalError naming the parameter of Gaussian i that cannot be drawn."""
+    for name, array in zip(_NAMES, arrays, strict=True):
+        if name == "durations" and not array[i] > 0:
+            raise NumericalError(f"rasterize: durations[{i}] is {array[i]}, not above 0")
+        if name != "durations" and not np.isfinite(array[i]).all():
+            raise NumericalError(f"rasterize: {name}[{i}] is not finite")
+    raise AssertionError("a Gaussian was called poisoned without reason")
 
 
 def _float32(tensor: Tensor) -> np.ndarray:

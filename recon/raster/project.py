@@ -17,6 +17,7 @@ f4 = np.float32
 ALPHA_MIN = f4(1 / 255)  # fainter contributions are skipped, as in gsplat
 SPLAT_FLOATS = 9  # mean x y | half conic xx, conic xy, half conic yy | opacity | r g b
 INVISIBLE = np.uint64(0xFFFFFFFFFFFFFFFF)  # larger than any key of a visible Gaussian
+POISONED = np.uint64(0xFFFFFFFFFFFFFFFE)  # key of a Gaussian with a parameter that is NaN or infinite
 CAMERA_FLOATS = 23  # layout of a packed camera:
 VIEW, FX, FY, CX, CY, WIDTH, HEIGHT, NEAR, FAR, EPS2D, TIME, ANTIALIASED = 0, *range(12, CAMERA_FLOATS)
 ZERO, HALF, ONE, TWO, INF = f4(0), f4(0.5), f4(1), f4(2), f4(np.inf)
@@ -116,11 +117,25 @@ def _footprint(c, j00, j02, j11, j12, rotation):
     return p0, p1, _apply_transposed(rotation, p0), _apply_transposed(rotation, p1)
 
 
+@njit
+def _is_finite(means, quats, scales, opacities, colors, velocities, times, durations, offsets, i):
+    """x · 0 is 0 for every finite x and NaN for all others; a duration may be infinite."""
+    zero = opacities[i] * ZERO + times[i] * ZERO + quats[i, 3] * ZERO + ZERO / durations[i]
+    zero += offsets[i, 0] * ZERO + offsets[i, 1] * ZERO
+    for k in range(3):
+        zero += means[i, k] * ZERO + quats[i, k] * ZERO + scales[i, k] * ZERO
+        zero += colors[i, k] * ZERO + velocities[i, k] * ZERO
+    return zero == ZERO
+
+
 @njit(parallel=True, error_model="numpy", fastmath=SAFE, cache=True)
 def project(means, quats, scales, opacities, colors, velocities, times, durations, offsets, c, splats, rects, keys):
     """Fills splats [N, 9], rects [N, 4] (x0 x1 y0 y1 in pixels) and keys [N] (depth bits << 32 | index)."""
     for i in prange(means.shape[0]):
         keys[i] = INVISIBLE
+        if not _is_finite(means, quats, scales, opacities, colors, velocities, times, durations, offsets, i):
+            keys[i] = POISONED
+            continue
         dt = c[TIME] - times[i]
         u = dt / durations[i]
         o = opacities[i] * math.exp(-HALF * u * u)

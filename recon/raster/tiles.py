@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from d2.recon.raster.project import ALPHA_MIN, INVISIBLE, SPLAT_FLOATS
+from d2.recon.raster.project import ALPHA_MIN, POISONED, SPLAT_FLOATS
 
 f4, u8 = np.float32, np.uint64
 TILE = 8  # pixels a side
@@ -53,7 +53,7 @@ def _tile_range(rects, i):
 def bin_splats(order, rects, keys, tiles_x, tiles_y, chunks):
     """Depth-ordered tile lists by one counting sort, shared by `chunks` threads (any number, same result).
 
-    order [M]: visible Gaussians front to back; keys [N]: INVISIBLE or not.  Returns offsets [tiles + 1];
+    order [M]: visible Gaussians front to back; keys [N]: drawn if less than POISONED.  Returns offsets [tiles + 1];
     ids [L], the Gaussian of every entry of every tile's list; slots [L], the entry's row when rows are grouped by
     Gaussian; and starts [N + 1], where each Gaussian's rows begin.
     """
@@ -61,7 +61,7 @@ def bin_splats(order, rects, keys, tiles_x, tiles_y, chunks):
     starts = np.zeros(N + 1, np.int64)
     for i in range(N):
         starts[i + 1] = starts[i]
-        if keys[i] != INVISIBLE:
+        if keys[i] < POISONED:
             x0, x1, y0, y1 = _tile_range(rects, i)
             starts[i + 1] += (x1 - x0) * (y1 - y0)
     fill = np.zeros((chunks, T), np.int64)

@@ -211,6 +211,23 @@ def test_nan_and_infinity_are_refused_with_name_and_index(name, value):
         rasterize(**scene, viewmats=viewmat[None], Ks=K[None], width=16, height=16)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_duration_that_is_not_positive_is_refused(value):
+    scene, move = gaussians(8, dtype=torch.float32), motion(8, [0.5], dtype=torch.float32)
+    move.durations[2] = value
+    viewmat, K = (x.float() for x in camera(16, 16))
+    with pytest.raises(NumericalError, match=r"durations\[2\] is .*, not above 0"):
+        rasterize(**scene, viewmats=viewmat[None], Ks=K[None], width=16, height=16, motion=move)
+
+
+def test_a_camera_that_is_not_finite_is_refused():
+    scene = gaussians(8, dtype=torch.float32)
+    viewmat, K = (x.float() for x in camera(16, 16))
+    viewmat[1, 3] = float("nan")
+    with pytest.raises(NumericalError, match="the camera"):
+        rasterize(**scene, viewmats=viewmat[None], Ks=K[None], width=16, height=16)
+
+
 def test_backend_is_named_with_its_reason():
     backend = choose_backend("cpu")
     assert backend.name == "cpu" and "CUDA kernels only" in backend.reason
