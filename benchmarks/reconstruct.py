@@ -1,9 +1,9 @@
 """Reconstruction quality against training time on one dataset: the table in the README.
 
-    python benchmarks/reconstruct.py DATASET [NAME] [--seconds 30,60,120] [--size 128] [--device auto]
+    python benchmarks/reconstruct.py DATASET [--seconds 30,60,120] [--size 128] [--device auto]
 
 DATASET holds transforms_train.json and transforms_test.json; each time budget is a training of its own, since the
-learning rate follows the budget.  Writes benchmarks/results/reconstruct_NAME_SIZE.json.
+learning rate follows the budget.  Writes benchmarks/results/reconstruct_<name>_<size>.json.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ RESULTS = Path(__file__).parent / "results"
 SHOWN = ("psnr", "psnr_foreground", "ssim", "psnr_worst", "psnr_train", "iterations", "gaussians")
 
 
-def main(dataset: Path, name: str = "", seconds: str = "30,60,120", size: int = 128, device: str = "auto") -> None:
+def main(dataset: Path, seconds: str = "30,60,120", size: int = 128, device: str = "auto") -> None:
     rows = {}
     for budget in seconds.split(","):
         result = benchmark.reconstruct(dataset, size, float(budget), device=device)
         rows[budget] = {key: result[key] for key in result if key not in ("machine", "config")}
         print(budget, "s:", {key: result[key] for key in SHOWN}, flush=True)
         record = {
-            "dataset": name or dataset.name,
+            "dataset": dataset.name,
             "machine": machine.describe(),
             "config": result["config"],
             "seconds": rows,
         }
-        fileio.write_json(RESULTS / f"reconstruct_{name or dataset.name}_{size}.json", record)
+        fileio.write_json(RESULTS / f"reconstruct_{dataset.name}_{size}.json", record)
 
 
 if __name__ == "__main__":

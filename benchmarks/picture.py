@@ -1,0 +1,43 @@
+"""The animation at the top of the README: a looping turntable of a reconstruction, as one WebP file.
+
+d2 reconstruct tests/data/panda --out runs/picture --fps 12
+python benchmarks/picture.py runs/picture benchmarks/results/panda.webp
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import typer
+from PIL import Image
+
+from d2 import fileio
+from d2.recon import exports, render
+
+SIZE = 320  # pixels of one picture
+ELEVATIONS_DEG = (10.0, 35.0)  # of the two pictures side by side
+
+
+def main(run: Path, target: Path) -> None:
+    source = exports.find(run)
+    times = render.loop_times(np.linspace(0, 1, source.frames), source.fps)
+    framed = render.framing(source.gaussians)
+    framed = framed._replace(
+        radius=0.95 * framed.radius
+    )  # of the sphere that holds the panda only its middle is filled
+    clips = [
+        render.turntable(source.gaussians, times, SIZE, SIZE, elevation=math.radians(e), framed=framed)
+        for e in ELEVATIONS_DEG
+    ]
+    frames = [Image.fromarray(np.concatenate(pair, 1)) for pair in zip(*clips, strict=True)]
+    buffer = io.BytesIO()
+    options = {"duration": round(1000 / source.fps), "loop": 0, "quality": 70, "method": 4}
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], **options)
+    fileio.atomic_write(target, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    typer.run(main)
