@@ -46,6 +46,7 @@ def reconstruct(
             encoder.dumps({k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(result).items()})
         )
     else:
-        typer.echo(f"{result.model}: {result.gaussians} Gaussians, {result.psnr:.2f} dB on held-out cells")
+        quality = "" if result.psnr is None else f", {result.psnr:.2f} dB on held-out cells"
+        typer.echo(f"{result.model}: {result.gaussians} Gaussians{quality}")
         run_folder = shlex.quote(str(result.folder.parent.parent))
         typer.echo(f"Next: d2 export {run_folder} --format ply,mp4,contact")

@@ -39,7 +39,7 @@ class Plain(Console):
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def progress(self, progress: Progress, best_psnr: float) -> None:
+    def progress(self, progress: Progress, best_psnr: float | None) -> None:
         now = time.monotonic()
         if self.begin is None:
             self.begin = self.last = now  # what came before (reading, carving) says nothing about the speed
@@ -47,7 +47,7 @@ class Plain(Console):
             return
         self.last = now
         left = (now - self.begin) * (1 - progress.fraction) / max(progress.fraction, 1e-9)
-        quality = f", {best_psnr:.2f} dB" if best_psnr > 0 else ""
+        quality = f", {best_psnr:.2f} dB" if best_psnr else ""
         done = f"{100 * progress.fraction:.0f} %, iteration {progress.iteration}"
         self.message(f"{done}{quality}, {progress.gaussians} Gaussians, {left:.0f} s left")
 
@@ -76,8 +76,8 @@ class Bar(Console):
     def message(self, text: str) -> None:
         self.bar.console.print(text, highlight=False, markup=False)
 
-    def progress(self, progress: Progress, best_psnr: float) -> None:
-        quality = f"iteration {progress.iteration}" + (f" · {best_psnr:.2f} dB" if best_psnr > 0 else "")
+    def progress(self, progress: Progress, best_psnr: float | None) -> None:
+        quality = f"iteration {progress.iteration}" + (f" · {best_psnr:.2f} dB" if best_psnr else "")
         quality += f" · {progress.gaussians} Gaussians"
         if self.task is None:
             self.task = self.bar.add_task("Fitting", total=1.0, quality=quality)

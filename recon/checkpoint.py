@@ -66,7 +66,8 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
         scalars = json.loads(metadata["state"])
         gaussians = Gaussians4D.checked(_under(tensors, "gaussians."), str(path)).map(lambda x: x.to(device))
         state = state_of(gaussians, float(scalars["half_side"]))
-        state.iteration, state.best_psnr = int(scalars["iteration"]), float(scalars["best_psnr"])
+        state.iteration, best_psnr = int(scalars["iteration"]), scalars["best_psnr"]
+        state.best_psnr = None if best_psnr is None else float(best_psnr)
         for group in state.adam.param_groups:
             name = group["name"]
             if name in scalars["adam_steps"]:

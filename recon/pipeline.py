@@ -39,7 +39,7 @@ class Reconstruction:
 
     folder: Path
     model: Path  # gaussians.safetensors
-    psnr: float  # dB on held-out cells
+    psnr: float | None  # dB on held-out cells, None when none were held out
     gaussians: int
     iterations: int
     seconds: float
@@ -50,7 +50,7 @@ class Observer:
 
     def message(self, text: str) -> None: ...
 
-    def progress(self, progress: train.Progress, best_psnr: float) -> None: ...
+    def progress(self, progress: train.Progress, best_psnr: float | None) -> None: ...
 
 
 def reconstruct(
@@ -141,7 +141,7 @@ class _Job:
         state = self._resume() or self._start()
         data = self.data.to(self.device)
         train.fit(state, data, self.settings, self._after_step)
-        metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames), "psnr": f"{state.best_psnr:.3f}"}
+        metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames)}
         _best(state).save(self.folder / MODEL, metadata)
         return state
 
@@ -170,11 +170,11 @@ class _Job:
 
     def _after_step(self, state: train.State, progress: train.Progress) -> None:
         log = self.folder / "metrics.jsonl"
-        if progress.validated is not None or state.iteration % LOG_EVERY == 0:
+        if progress.validated or state.iteration % LOG_EVERY == 0:
             fileio.append_line(log, json.dumps(_log_record(progress), allow_nan=False))
         self.observer.progress(progress, state.best_psnr)
         signum = self.should_stop()
-        if progress.validated is not None or signum:
+        if progress.validated or signum:
             extra = {"log_bytes": log.stat().st_size if log.exists() else 0, "data": self.input}
             checkpoint.save(self.folder / "ckpt", state, extra)
         if signum:
@@ -272,8 +272,8 @@ def _log_record(progress: train.Progress) -> dict[str, Any]:
     loss = float(progress.loss)
     record: dict[str, Any] = {"iteration": progress.iteration, "loss": loss if math.isfinite(loss) else None}
     record["gaussians"] = progress.gaussians
-    if progress.validated is not None:
-        record |= {"psnr_heldout": round(progress.validated, 4), "best": progress.is_best}
+    if progress.psnr is not None:
+        record |= {"psnr_heldout": round(progress.psnr, 4), "best": progress.is_best}
     return record
 
 

@@ -35,7 +35,8 @@ class Progress(NamedTuple):
     fraction: float  # of the run, 0..1
     loss: Tensor  # scalar; reading it waits for the device
     gaussians: int
-    validated: float | None  # dB on held-out cells, when this step validated
+    validated: bool  # whether this step validated
+    psnr: float | None  # dB on the held-out cells, where it did and there are any
     is_best: bool
 
 
@@ -49,7 +50,7 @@ class State:
     half_side: float  # world; what learning rates of positions scale with
     iteration: int = 0
     best: Gaussians4D | None = None
-    best_psnr: float = -1.0
+    best_psnr: float | None = None  # dB; None before the first validation, or without held-out cells
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by part
 
 
@@ -95,13 +96,13 @@ def fit(
             break
         loss = step(state, train, config, fraction)
         last = seconds is None and state.iteration == config.iterations
-        validated, is_best = None, False
+        validates, quality, is_best = False, None, False
         if state.iteration % config.validate_every == 0 or last:
             require_finite(state, float(loss))
-            validated, is_best = validate(state, held_out, config)
+            validates, (quality, is_best) = True, validate(state, held_out, config)
         elif state.iteration % CHECK_EVERY == 0:
             require_finite(state, float(loss))
-        callback(state, Progress(state.iteration, fraction, loss, len(state.gaussians), validated, is_best))
+        callback(state, Progress(state.iteration, fraction, loss, len(state.gaussians), validates, quality, is_best))
     if seconds is not None or state.best is None:
         require_finite(state, 0.0)
         validate(state, held_out, config)
@@ -180,10 +181,10 @@ def replace_gaussians(state: State, gaussians: Gaussians4D, source: Tensor) -> N
     state.stats = densify.GradientStats(len(gaussians), gaussians.means.device)
 
 
-def validate(state: State, held_out: Dataset, config: ReconstructConfig) -> tuple[float, bool]:
+def validate(state: State, held_out: Dataset, config: ReconstructConfig) -> tuple[float | None, bool]:
     """Mean PSNR over the held-out cells; keeps the model when it is the best so far (or there are none)."""
-    quality = evaluate_psnr(state.gaussians, held_out, config) if len(held_out) else 0.0
-    is_best = state.best is None or not len(held_out) or quality > state.best_psnr
+    quality = evaluate_psnr(state.gaussians, held_out, config) if len(held_out) else None
+    is_best = state.best is None or quality is None or state.best_psnr is None or quality > state.best_psnr
     if is_best:
         state.best, state.best_psnr = state.gaussians.map(lambda x: x.detach().clone()), quality
     return quality, is_best

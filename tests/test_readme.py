@@ -105,7 +105,7 @@ def wrong_cell(title: str, cell: str, results: object, file: str) -> list[str]:
     number = NUMBER.search(shown)
     if not number:
         return []
-    key = re.search(r"<!--\s*([\w.]+)\s*-->", cell) or re.search(r"`([\w.]+)`", title)
+    key = re.search(r"<!--\s*([\w.@]+)\s*-->", cell) or re.search(r"`([\w.@]+)`", title)
     if not key:
         return [f"{shown!r} names no key of {file}"]
     value: object = results

@@ -232,6 +232,12 @@ def test_two_checkpoints_are_kept_and_the_newest_is_by_step(run_folder, tmp_path
     assert names == ["step_00000040.safetensors", "step_00000060.safetensors"]
 
 
+def test_without_held_out_cells_there_is_no_quality_to_report_and_the_last_model_is_kept(run_folder, tmp_path):
+    result = fit(run_folder, tmp_path / "out", sets=("holdout=0",))
+    assert result.psnr is None
+    assert "psnr_heldout" not in (tmp_path / "out/recon/main/metrics.jsonl").read_text()
+
+
 def test_a_run_folder_takes_its_reconstruction_and_records_it(run_folder):
     result = fit(run_folder, None, name="inside")
     run = Run.open(run_folder)
