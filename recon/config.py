@@ -16,6 +16,7 @@ class ReconstructConfig:
     sh_degree: int = option(0, "degree of the spherical harmonics", ge=0, le=3)
     antialiased: bool = option(False, "rasterize with the Mip-Splatting opacity compensation")
 
+    coarse_until: float = option(0.5, "fraction of the run at half resolution, where images are large", ge=0, le=1)
     start_gaussians: int = option(6000, "Gaussians to start with", ge=1, le=10_000_000)
     max_gaussians: int = option(20000, "Gaussians to grow to", ge=1, le=50_000_000)
     start_duration: float = option(0.3, "standard deviation in time to start with, of the clip", gt=0, le=100)

@@ -20,6 +20,7 @@ from d2.recon.metrics import psnr
 from d2.recon.raster import image_plane_gradient, rasterize
 
 ADAM_EPS = 1e-15
+COARSE_FROM = 192  # pixels of the longer side; at 128 a half resolution saves no time and costs 0.2 dB
 CHECK_EVERY = 100  # steps between two looks at whether everything is finite
 LEARNED = {
     "means": "lr_means", "velocities": "lr_velocities", "times": "lr_times", "log_durations": "lr_durations",
@@ -88,13 +89,15 @@ def fit(
     Raises NumericalError when loss or parameters leave the finite numbers; `state.best` is then the last good one.
     """
     train, held_out = holdout_split(dataset, config)
+    is_large = max(train.width, train.height) >= COARSE_FROM
+    coarse = train.halved() if config.coarse_until and is_large else train
     begin = time.perf_counter()
     while True:
         elapsed = time.perf_counter() - begin
         fraction = state.iteration / config.iterations if seconds is None else elapsed / seconds
         if fraction >= 1:
             break
-        loss = step(state, train, config, fraction)
+        loss = step(state, coarse if fraction < config.coarse_until else train, config, fraction)
         last = seconds is None and state.iteration == config.iterations
         validates, quality, is_best = False, None, False
         if state.iteration % config.validate_every == 0 or last:

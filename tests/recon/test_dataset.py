@@ -182,3 +182,12 @@ def test_poses_of_one_camera_at_many_times_share_a_view(tmp_path):
     rig = camera.orbit(4, width=SIZE, height=SIZE)
     data = dataset.load(write(tmp_path, entry=lambda k: {"transform_matrix": rig.c2w[k % 2].tolist()}))
     assert data.views.tolist() == [0, 1, 0, 1]
+
+
+def test_half_resolution_is_the_area_filter_with_halved_intrinsics(tmp_path):
+    full = dataset.load(write(tmp_path))
+    half, filtered = full.halved(), dataset.load(tmp_path, size=SIZE // 2)
+    torch.testing.assert_close(half.Ks, filtered.Ks)
+    assert (half.images.int() - filtered.images.int()).abs().max() <= 1
+    odd = dataset.load(tmp_path, size=7)
+    assert odd.halved() is odd

@@ -182,6 +182,16 @@ def test_fitting_improves_on_the_hull(ball):
     assert after > before + 5 and after > 27, (before, after)
 
 
+def test_large_images_begin_at_half_resolution(ball, monkeypatch):
+    monkeypatch.setattr(train, "COARSE_FROM", SIZE)
+    config = load(ReconstructConfig, TINY | {"iterations": 10, "coarse_until": 0.4})
+    widths = []
+    real = train.step
+    monkeypatch.setattr(train, "step", lambda state, data, *rest: widths.append(data.width) or real(state, data, *rest))
+    train.fit(train.start(ball, config, "cpu"), ball, config)
+    assert widths == [SIZE // 2] * 4 + [SIZE] * 6
+
+
 def test_pruning_everything_is_a_numerical_error(ball):
     config = load(ReconstructConfig, TINY | {"prune_opacity": 0.99, "grow_from": 0.0})
     with pytest.raises(NumericalError, match="every Gaussian was pruned"):
