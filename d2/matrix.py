@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2 import images
+from d2 import fileio, images
 from d2.errors import InputError
 
 
@@ -20,8 +20,9 @@ def cell_path(view: int, frame: int) -> str:
 class ImageMatrix:
     """`m[v, f]` is uint8 RGBA [H, W, 4]; every cell exists and has one size, or opening raises InputError."""
 
-    def __init__(self, folder: str | Path, views: int, frames: int):
+    def __init__(self, folder: str | Path, views: int, frames: int, digests: dict[str, str] | None = None):
         self.folder, self.views, self.frames = Path(folder), views, frames
+        self.digests = digests or {}  # path -> sha256 that its file had when it was written
         cells = [(v, f) for v in range(views) for f in range(frames)]
         missing = [cell for cell in cells if not (self.folder / cell_path(*cell)).is_file()]
         if not cells or missing:
@@ -32,7 +33,10 @@ class ImageMatrix:
     def __getitem__(self, cell: tuple[int, int]) -> np.ndarray:
         """uint8 [H, W, 4]; raises InputError naming the cell when its file is damaged or of another size."""
         view, frame = cell
-        rgba, _ = images.read_rgba(self.folder / cell_path(view, frame))
+        path = cell_path(view, frame)
+        if path in self.digests and fileio.sha256(self.folder / path) != self.digests[path]:
+            raise InputError(f"{self.folder}: view {view} frame {frame} is not the file that was written (sha256)")
+        rgba, _ = images.read_rgba(self.folder / path)
         expected = (getattr(self, "height", rgba.shape[0]), getattr(self, "width", rgba.shape[1]))
         if rgba.shape[:2] != expected:
             got = f"{rgba.shape[1]}×{rgba.shape[0]}, expected {expected[1]}×{expected[0]}"

@@ -45,7 +45,8 @@ class Run:
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{fileio.quoted(folder)} is a file; a run needs a folder")
-        if folder.is_dir() and any(folder.iterdir()):
+        leftover = f".{Path(MANIFEST).stem}."  # of a process killed while it created the run
+        if folder.is_dir() and not all(path.name.startswith(leftover) for path in folder.iterdir()):
             raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")
 
     @classmethod
@@ -87,9 +88,17 @@ class Run:
             self._commit()
 
     def write_matrix(
-        self, cell: Callable[[int, int], np.ndarray], frames: int, rig: Rig, record: dict[str, Any]
+        self,
+        cell: Callable[[int, int], np.ndarray],
+        frames: int,
+        rig: Rig,
+        record: dict[str, Any],
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done."""
+        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done.
+
+        `finish` is called between images and cameras, to write what is made from all images.
+        """
         views = len(rig.azimuth)
         digests = {}
         for v in range(views):
@@ -97,6 +106,7 @@ class Run:
                 path = self.folder / cell_path(v, f)
                 images.write_png(path, cell(v, f))
                 digests[cell_path(v, f)] = fileio.sha256(path)
+        finish()
         fileio.write_json(self.folder / TRANSFORMS, transforms(rig, frames))
         self.commit_stage("generate", record | {"views": views, "frames": frames, "files": digests})
 
@@ -105,7 +115,7 @@ class Run:
         stage = self.stage("generate")
         if stage is None:
             raise ConflictError(f"{fileio.quoted(self.folder)} has no finished matrix; run d2 generate --resume first")
-        return ImageMatrix(self.folder, int(stage["views"]), int(stage["frames"]))
+        return ImageMatrix(self.folder, int(stage["views"]), int(stage["frames"]), stage.get("files"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
