@@ -13,7 +13,7 @@ from torch import Tensor
 from d2 import fileio
 from d2.config import config, option
 from d2.denoiser import Estimate, Lines, UNetDenoiser
-from d2.errors import InputError
+from d2.errors import InputError, SetupError
 from d2.models import weights
 from d2.models.blocks import Blend
 from d2.models.clip import ViTConfig
@@ -32,6 +32,7 @@ from d2.models.vae import FirstStage, VAEConfig
 from d2.models.weights import SV3D, SVD, ModelSpec
 
 Model = Literal["view", "frame"]
+HINT = " -- a small pair that needs no download will come with d2 as the preset 'tiny'"
 AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
 
 
@@ -108,10 +109,24 @@ def load_models(
     Raises SetupError where a file is missing or is not exactly the checkpoint that `settings` describes.
     """
     specs: dict[Model, ModelSpec] = {"view": settings.spec("view"), "frame": settings.spec("frame")}
-    paths: dict[Model, Path] = {model: weights.find(spec, folder) for model, spec in specs.items()}
+    paths = _find(specs, folder)
     for model, spec in specs.items():
         weights.check(paths[model], spec)
     return Pair(settings, specs, paths, torch.device(device), dtype, offload)
+
+
+def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Model, Path]:
+    """Both files; what is missing is said in one go."""
+    paths: dict[Model, Path] = {}
+    missing = []
+    for model, spec in specs.items():
+        try:
+            paths[model] = weights.find(spec, folder)
+        except SetupError as error:
+            missing.append(str(error))
+    if missing:
+        raise SetupError(" -- and ".join(missing) + HINT * any(spec.repository for spec in specs.values()))
+    return paths
 
 
 class Pair:

@@ -77,10 +77,9 @@ def find(spec: ModelSpec, folder: str | Path | None = None) -> Path:
     if not spec.repository:
         raise SetupError(f"{quoted(path)} does not exist; say where {spec.filename} lies with --weights DIR")
     raise SetupError(
-        f"{quoted(path)} does not exist; it is published on Hugging Face as {spec.repository} under the licence "
-        f"'{spec.licence}': accept that on its page there, then run: hf download {spec.repository} {spec.filename} "
-        f"--local-dir {quoted(path.parent)} (or say where the file lies with --weights DIR); a small pair that needs "
-        "no download will come with d2 as the preset 'tiny'"
+        f"{quoted(path)} does not exist (or say where it is with --weights DIR); accept the licence "
+        f"'{spec.licence}' of {spec.repository} on Hugging Face, then run: "
+        f"hf download {spec.repository} {spec.filename} --local-dir {quoted(path.parent)}"
     )
 
 
