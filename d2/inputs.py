@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageSequence
@@ -19,7 +20,7 @@ from d2.images import MAX_FILE, MAX_PIXELS, SUFFIXES
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 MOVING_SUFFIXES = (".gif", ".webp", ".png")  # image formats that may hold more than one frame
-VIDEO_CAP = 4 << 30  # bytes
+PROBE_SECONDS = 60  # that ffmpeg may take to say what a file is
 VIDEO_FRAMES = 4096  # at most that many are decoded
 VIDEO_MEMORY = 4 << 30  # bytes of decoded frames
 REMBG_MODEL = "u2net"
@@ -111,33 +112,46 @@ def read_video(path: str | Path) -> tuple[list[Image.Image], float | None]:
     try:
         import imageio_ffmpeg
 
-        imageio_ffmpeg.get_ffmpeg_exe()
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise SetupError("no ffmpeg to read videos; run: pip install 'imageio[ffmpeg]'") from error
     if not path.is_file():
         raise InputError(f"{fileio.quoted(path)} is not a regular file")
-    if path.stat().st_size > VIDEO_CAP:
-        raise InputError(f"{fileio.quoted(path)} has more than the {VIDEO_CAP >> 30} GiB allowed for a video")
-    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
-    frames = []
+    # A playlist in a video's clothes must not make ffmpeg open anything but this file.
+    command = [ffmpeg, "-nostdin", "-protocol_whitelist", "file,pipe", "-i", f"file:{path}"]
     try:
-        meta: Any = next(reader)
-        width, height = meta["size"]
+        about = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS).stderr.decode(errors="replace")
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{fileio.quoted(path)} is not a readable video: ffmpeg does not finish") from error
+    rate = re.search(r"Video: .* (\d+(?:\.\d+)?) fps", about)
+    command += ["-v", "quiet", "-map", "0:v:0", "-f", "image2pipe", "-c:v", "ppm", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        try:
+            frames = list(_pnm_frames(process.stdout, path))
+        finally:
+            process.kill()
+    if not frames:
+        reason = about.strip().splitlines()[-1][-200:] if about.strip() else "no frames"
+        raise InputError(f"{fileio.quoted(path)} is not a readable video: {reason}")
+    return frames, float(rate[1]) if rate and float(rate[1]) > 0 else None
+
+
+def _pnm_frames(stream: IO[bytes], path: Path) -> Iterator[Image.Image]:
+    """Frames of a stream of binary PPM pictures; each says its size before its pixels."""
+    total = count = 0
+    while stream.readline(8) == b"P6\n":
+        width, height = (int(number) for number in stream.readline(32).split())
+        stream.readline(8)  # the greatest value, 255
+        count, total = count + 1, total + width * height * 3
         if width * height > MAX_PIXELS:
             raise InputError(f"{fileio.quoted(path)} is {width}×{height}, more than {MAX_PIXELS >> 20} MP")
-        most = min(VIDEO_FRAMES, VIDEO_MEMORY // (width * height * 3))
-        for data in reader:
-            if len(frames) == most:
-                raise InputError(f"{fileio.quoted(path)} has more than {most} frames; cut it first")
-            frames.append(Image.fromarray(np.frombuffer(data, np.uint8).reshape(height, width, 3)))
-    except (OSError, RuntimeError, StopIteration, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise InputError(f"{fileio.quoted(path)} is not a readable video: {reason}") from error
-    finally:
-        reader.close()
-    if not frames:
-        raise InputError(f"{fileio.quoted(path)} holds no frames")
-    return frames, float(meta.get("fps") or 0) or None
+        if count > VIDEO_FRAMES or total > VIDEO_MEMORY:
+            raise InputError(f"{fileio.quoted(path)} has more than {count - 1} frames; cut it first")
+        data = stream.read(width * height * 3)
+        if len(data) < width * height * 3:
+            return  # cut off within a frame
+        yield Image.frombytes("RGB", (width, height), data)
 
 
 def with_masks(clip: Clip, masks: str | Path) -> Clip:
