@@ -21,7 +21,8 @@ LATENT_CELL = 36  # pixels, side of a cell of the preview while sampling
 # pictures gives.  Good enough to see what is going on.
 LATENT_RGB = np.array([[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]])
 
-WHITE = 247  # a pixel whose channels are all this bright may be background
+WHITE = 240, 253  # darkest and brightest level from which on a pixel may be background
+NOISE = 10  # percent of the border that may be darker than the background's noise makes it
 EDGE = 5  # pixels: the width of the neighbourhood in which an edge pixel finds its object's darkness
 
 
@@ -81,10 +82,13 @@ def alpha_from_white(
 
     Near-white pixels connected to the border are background; everything else is opaque but for the pixels
     beside it, whose alpha is their darkness over the greatest nearby: rgb = alpha·colour + (1 - alpha)·white.
-    White parts of the object are kept where something darker encloses them.
+    White parts of the object are kept where something darker encloses them.  How white the background is,
+    the border of the picture says: the closer to white, the more of a pale object is kept.
     """
-    outside = connected_to_border(rgb.min(-1) >= WHITE)
-    darkness = 255 - rgb.min(-1)
+    level = rgb.min(-1)
+    border = np.concatenate([level[0], level[-1], level[:, 0], level[:, -1]])
+    outside = connected_to_border(level >= np.clip(np.percentile(border, NOISE) - 1, *WHITE))
+    darkness = 255 - level
     around = np.asarray(Image.fromarray(darkness).filter(ImageFilter.MaxFilter(EDGE)), np.float32)
     near = np.asarray(Image.fromarray(outside.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))) > 0
     alpha = np.where(near, np.clip(darkness / np.maximum(around, 1), 0, 1), 1.0)
