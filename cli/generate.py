@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+from d2.errors import UsageError
+
+if TYPE_CHECKING:
+    from d2.generation import Generation
 
 SOURCE = typer.Argument(help="An image, a folder of frames, a video or a GIF.")
 OUT = typer.Option(None, help="Run folder to write; default: runs/<name of the input>.")
@@ -42,6 +48,10 @@ def generate(
     references_only: bool = typer.Option(
         False, help="Stop after the references, to retouch them; the same command without this goes on."
     ),
+    seeds: str | None = typer.Option(None, help="1,2,3: a run for each seed below OUT, and one sheet to choose by."),
+    cells: str | None = typer.Option(
+        None, help="views=3,4 or frames=0: sample these of a finished run again (with another --seed), keep the rest."
+    ),
     resume: bool = typer.Option(True, "--resume/--overwrite", help="Go on with an unfinished run, or replace it."),
     quiet: bool = typer.Option(False, help="No progress."),
     json: bool = typer.Option(False, help="Print the result as one JSON object."),
@@ -50,24 +60,40 @@ def generate(
 
     Interrupted runs resume where they stopped when the same command is repeated.
     """
+    if seeds is not None and (seed is not None or cells is not None or references_only):
+        raise UsageError("--seeds does not go with --seed, --cells or --references-only")
+    from d2 import generation, sweep
     from d2.cli import report, stop
-    from d2.generation import generate as run
 
     shortcuts = shortcut_sets(
         seed=seed, elevation_deg=elevation_deg, image_frame_ratio=image_frame_ratio, motion=motion, fps=fps
     )
     with report.observer(quiet) as observer, stop.StopFlag() as should_stop:
-        result = run(
-            source, out, preset=preset, sets=tuple(set) + shortcuts, weights=weights, device=device, views=views,
-            mask=mask, remove_background=remove_bg, overwrite=not resume, references_only=references_only,
-            observer=observer, should_stop=should_stop,
-        )  # fmt: skip
+        options = {
+            "preset": preset, "sets": tuple(set) + shortcuts, "weights": weights, "device": device, "views": views,
+            "mask": mask, "remove_background": remove_bg, "overwrite": not resume,
+            "references_only": references_only, "observer": observer, "should_stop": should_stop,
+        }  # fmt: skip
+        if seeds is not None:
+            folder = out if out is not None else Path("runs") / source.resolve().stem
+            results = sweep.sweep(source, folder, sweep.parse_seeds(seeds), **options)
+        else:
+            results = [generation.generate(source, out, redo=cells, **options)]
     if json:
         import dataclasses
         import json as encoder
 
-        typer.echo(encoder.dumps(dataclasses.asdict(result) | {"folder": str(result.folder)}))
-    elif result.finished:
+        records = [dataclasses.asdict(result) | {"folder": str(result.folder)} for result in results]
+        typer.echo(encoder.dumps(records if seeds is not None else records[0]))
+        return
+    for result in results:
+        _tell(result)
+    if seeds is not None:
+        typer.echo(f"{results[0].folder.parent / 'seeds.png'}: all seeds side by side")
+
+
+def _tell(result: Generation) -> None:
+    if result.finished:
         typer.echo(f"{result.folder}: {result.views} views × {result.frames} frames in {result.seconds:.0f} s")
         typer.echo(f"Next: d2 reconstruct {result.folder}")
     else:

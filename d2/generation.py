@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2 import __version__, fileio, images, inputs, machine, preprocess
+from d2 import __version__, cells, fileio, images, inputs, machine, preprocess
 from d2 import config as configuration
 from d2.errors import ConflictError, InputError
 from d2.inputs import Clip
+from d2.matrix import cell_path
 from d2.pair import Pair, check_size, load_models, model_angles
-from d2.phases import INPUT, REFERENCE_VIDEO, REFERENCE_VIEWS, Job, Observer
-from d2.run import Run, is_run
+from d2.phases import INPUT, KEPT, REFERENCE_VIDEO, REFERENCE_VIEWS, Job, Observer
+from d2.run import MANIFEST, Run, is_run
 from d2.sampler import anchor, plan
 from d2.settings import TRAINED, GenerateConfig
 
@@ -29,6 +30,7 @@ CONFIG = "generate/config.yaml"
 STAGE = "generate"
 DEFAULT_FPS = 24.0
 BYTES_A_PIXEL = 4  # of a cell as PNG, at worst
+SHAPE = ("views", "frames", "size", "elevation_deg", "elevations_deg", "radius", "fov_deg", "clockwise")
 FREE_FOR_COMPARISON = ("d2", "torch", "input", "fps")  # recorded, but another one may go on with the run
 
 
@@ -66,6 +68,7 @@ def generate(
     overwrite: bool = False,
     keep_finished: bool = False,
     references_only: bool = False,
+    redo: str | None = None,
     observer: Observer | None = None,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> Generation:
@@ -76,6 +79,8 @@ def generate(
     configuration is resumed, bit for bit on CPU; another one, or a finished one, raises ConflictError unless
     `overwrite`, which replaces it only after success, or `keep_finished`, which returns it.  With
     `references_only` it ends after phase 1, so that the references can be retouched before the same call goes on.
+    `redo` (`views=3,4` or `frames=0`) samples these rows or columns of a finished run again, on its references as
+    they lie there, and keeps every other cell; seed and sampler may differ, and the folder is replaced after success.
     `should_stop()` returns a signal number to end early with everything saved (raises Stopped).
 
     Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk
@@ -88,23 +93,29 @@ def generate(
     _check_settings(settings, observer)
     given = _read(source, settings, views, mask, remove_background, observer)
     home = Path(out) if out is not None else Path("runs") / source.resolve().stem
-    _require_place(home, overwrite or keep_finished)
+    again = cells.parse(redo, settings.views, settings.frames) if redo is not None else None
+    _require_place(home, overwrite or keep_finished or again is not None)
+    if again is not None:
+        _require_same_shape(home, settings)
     place = machine.choose_device(device)
     pair = load_models(settings, weights, place, _dtype(settings, place), settings.offload)
     fileio.require_space(home, _space(settings))
     observer.message("Taking the checksums of the models")
-    identity = _identity(settings, source, given, pair)
+    identity = _identity(settings, source, given, pair) | _redo_identity(home, redo)
     done = Generation(home, settings.views, settings.frames, 0.0, True)
     if keep_finished and _is_finished(home) and not _difference(home, identity):
         return done
-    target = _target(home, identity, overwrite)
-    pictures = None if (target / CONFIG).exists() else _prepare(given, settings, observer)
+    target = _target(home, identity, overwrite or again is not None)
+    pictures = None
+    if not (target / CONFIG).exists():
+        pictures = _prepare(given, settings, observer) if again is None else _from_finished(home)
     command = _resume_command(source, home, preset, sets, weights, views, mask, remove_background, overwrite)
+    command += f" --cells {redo}" if redo is not None else ""
     fps = settings.fps or given.clip.fps or DEFAULT_FPS
     with _held(home, target, fps) as run:
         if pictures is not None:
             _write_inputs(run.folder, pictures, identity)
-        job = Job(run, settings, pair, _digest(_compared(identity)), observer, should_stop, command)
+        job = Job(run, settings, pair, _digest(_compared(identity)), observer, should_stop, command, again)
         job.references()
         if not references_only:
             job.draw(job.matrix(), _record(identity, settings, given))
@@ -216,6 +227,34 @@ def _prepare(given: Source, settings: GenerateConfig, observer: Observer) -> dic
     return made
 
 
+def _from_finished(home: Path) -> dict[str, Image.Image | np.ndarray]:
+    """What `redo` starts from: the input, the references as they lie there, and every cell."""
+    made: dict[str, Image.Image | np.ndarray] = {}
+    for folder in (INPUT, REFERENCE_VIDEO, REFERENCE_VIEWS):
+        made |= {f"{folder}/{path.name}": images.open_image(path) for path in sorted((home / folder).glob("*.png"))}
+    matrix = Run.open(home).matrix()
+    for v in range(matrix.views):
+        made |= {f"{KEPT}/{cell_path(v, f)}": matrix[v, f] for f in range(matrix.frames)}
+    return made
+
+
+def _require_same_shape(home: Path, settings: GenerateConfig) -> None:
+    """Raises unless `home` is a finished run whose cells and cameras are those of `settings`."""
+    if not _is_finished(home):
+        raise ConflictError(f"--cells: {fileio.quoted(home)} is not a finished run; generate it first")
+    old = fileio.read_yaml(home / CONFIG)
+    new = json.loads(json.dumps(configuration.resolved(settings)))
+    old = old if isinstance(old, dict) else {}
+    difference = configuration.first_difference({k: old.get(k) for k in SHAPE}, {k: new[k] for k in SHAPE})
+    if difference:
+        raise ConflictError(f"--cells: {fileio.quoted(home)} has another shape ({difference}); repeat that one")
+
+
+def _redo_identity(home: Path, redo: str | None) -> dict[str, Any]:
+    """What a part sampled again depends on: which part, of which matrix."""
+    return {} if redo is None else {"cells": redo, "cells_of": fileio.sha256(home / MANIFEST)}
+
+
 def _write_inputs(folder: Path, pictures: dict[str, Image.Image | np.ndarray], identity: dict[str, Any]) -> None:
     """The configuration goes last: where it is, the inputs are complete."""
     for path, picture in pictures.items():
@@ -258,7 +297,7 @@ def _record(identity: dict[str, Any], settings: GenerateConfig, given: Source) -
         "models": models,
         "config": _digest(_compared(identity)),
         "torch": identity["torch"],
-    }
+    } | ({"cells": identity["cells"]} if "cells" in identity else {})
 
 
 def _difference(folder: Path, identity: dict[str, Any]) -> str | None:

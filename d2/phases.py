@@ -6,16 +6,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from d2 import fileio, images, previews, snapshot
+from d2 import cells, fileio, images, previews, snapshot
 from d2.compose import needed
 from d2.denoiser import Estimate
 from d2.errors import InputError, NumericalError, Stopped
+from d2.matrix import cell_path
 from d2.noise import cell_noise, matrix_noise, starting_point
 from d2.pair import Model, Pair, model_angles
 from d2.preprocess import on_white, to_tensor
@@ -27,6 +29,7 @@ from d2.snapshot import Snapshot
 INPUT = "generate/input"
 REFERENCE_VIDEO = "generate/reference_video"
 REFERENCE_VIEWS = "generate/reference_views"
+KEPT = "generate/kept"  # cells of the matrix that --cells samples parts of again
 STATE = "generate/state.safetensors"
 LIVE_PREVIEW = "generate/preview.png"
 CHANNELS = 4  # of a latent
@@ -51,6 +54,7 @@ class Job:
     observer: Observer
     should_stop: Callable[[], int]
     resume_command: str
+    redo: cells.Redo | None = None  # what is sampled again of a finished matrix, whose cells lie in KEPT
 
     def references(self) -> None:
         """Phase 1: what the run folder lacks of reference views and reference video is sampled and saved."""
@@ -73,10 +77,17 @@ class Job:
         if saved and saved.iteration == c.freeinit_matrix - 1 and saved.state.step == c.steps:
             return saved.state.x
         use = [needed(worked_out.weights(step), c.uc_type) for step in range(c.steps)]
-        columns = self._lines("view", video, "columns") if any(view for view, _ in use) else None
-        rows = self._lines("frame", views, "rows") if any(frame for _, frame in use) else None
-        around = self._view_latents(views) if c.noise_from_mv else None
-        return self._sample("matrix", worked_out, columns, rows, c.freeinit_matrix, saved, basis, around)
+        known = self._known_latents() if self.redo else None
+        around = self._view_latents(views) if c.noise_from_mv else torch.empty(0)
+        columns = self._lines("view", video, "columns", known) if any(view for view, _ in use) else None
+        rows = self._lines("frame", views, "rows", known) if any(frame for _, frame in use) else None
+
+        def start(noise: Tensor) -> Tensor:
+            if self.redo and known is not None:
+                return cells.kept_start(noise, float(worked_out.sigmas[0]), known, self.redo.mask(c.views, c.frames))
+            return worked_out.start(noise, around).x
+
+        return self._sample("matrix", worked_out, columns, rows, c.freeinit_matrix, saved, basis, start)
 
     def draw(self, latents: Tensor, record: dict[str, Any]) -> None:  # [V, F, C, h, w]
         """Decodes every row, writes cells, previews and cameras, and commits the stage."""
@@ -86,11 +97,17 @@ class Job:
         thumbnails = previews.Thumbnails(c.views, c.frames)
         row: list[np.ndarray] = []
 
+        anew = self.redo.mask(c.views, c.frames) if self.redo else torch.ones(c.views, c.frames, dtype=torch.bool)
+
         def cell(v: int, f: int) -> np.ndarray:
             if f == 0:
                 self.stop_if_asked(f"stopped before view {v} of {c.views} was drawn")
                 self.observer.phase("decode", v, c.views)
-                row[:] = _pictures(stage.decode(latents[v], c.decode_chunk))
+                row[:] = _pictures(stage.decode(latents[v], c.decode_chunk)) if anew[v].any() else []
+            if not anew[v, f]:
+                kept, _ = images.read_rgba(self.run.folder / KEPT / cell_path(v, f))
+                thumbnails.add(v, f, on_white(Image.fromarray(kept)))
+                return kept
             thumbnails.add(v, f, row[f])
             return previews.alpha_from_white(row[f])
 
@@ -107,6 +124,7 @@ class Job:
         self.observer.phase("decode", c.views, c.views)
         fileio.remove(self.run.folder / STATE)
         fileio.remove(self.run.folder / LIVE_PREVIEW)
+        fileio.remove(self.run.folder / KEPT)
 
     def _sample_line(self, model: Model, picture: np.ndarray) -> list[np.ndarray]:  # [H, W, 3] uint8 all
         """One model on its own: a matrix of one column or of one row."""
@@ -117,17 +135,33 @@ class Job:
         saved = self._saved(phase, self.basis)
         line = self.pair.lines(model, self._conditions(model, [picture], phase))
         models = (line, None) if view else (None, line)
-        x = self._sample(phase, worked_out, *models, c.freeinit_references, saved, self.basis)
+        sigma = float(worked_out.sigmas[0])
+
+        def start(noise: Tensor) -> Tensor:
+            return starting_point(noise, sigma)
+
+        x = self._sample(phase, worked_out, *models, c.freeinit_references, saved, self.basis, start)
         return _pictures(self.pair.first_stage(model).decode(x.flatten(0, 1), c.decode_chunk))
 
-    def _lines(self, model: Model, references: list[Path], what: str) -> MatrixDenoiser:
+    def _lines(
+        self,
+        model: Model,
+        references: list[Path],
+        axis: Literal["rows", "columns"],
+        known: Tensor | None,  # [V, F, C, h, w], what --cells keeps
+    ) -> MatrixDenoiser:
         c = self.settings
+        together = blend(c, c.frames) if model == "view" else None
+        # Columns that look at each other are denoised all, even where only some are wanted.
+        lines = self.redo.along(axis) if self.redo and together is None else None
         pictures = [read_picture(path, c.size) for path in references]
-        conditions = self._conditions(model, pictures, what)
-        if model == "frame":
-            return self.pair.lines(model, conditions, c.rows_in_flight)
-        together = blend(c, c.frames)
-        return self.pair.lines(model, conditions, c.frames if together else c.columns_in_flight, together)
+        conditions = self._conditions(model, pictures, axis)
+        in_flight = c.rows_in_flight if model == "frame" else c.frames if together else c.columns_in_flight
+        chosen = conditions if lines is None else [conditions[line] for line in lines]
+        denoise = self.pair.lines(model, chosen, in_flight, together)
+        if self.redo is None or known is None:
+            return denoise
+        return cells.keeping(denoise, known, self.redo.mask(c.views, c.frames), axis, lines)
 
     def _conditions(self, model: Model, pictures: list[np.ndarray], what: str):
         c = self.settings
@@ -152,6 +186,19 @@ class Job:
         shape = CHANNELS, c.size // c.factor, c.size // c.factor
         return stage.encode(pictures, lambda v: cell_noise(c.seed, "encode", 0, (v,), shape))
 
+    def _known_latents(self) -> Tensor:  # [V, F, C, h, w]
+        """The finished matrix, encoded."""
+        c = self.settings
+        self.observer.message("Encoding the cells that are kept")
+        stage = self.pair.first_stage("frame")
+        nothing = torch.zeros(CHANNELS, c.size // c.factor, c.size // c.factor)
+        rows = []
+        for v in range(c.views):
+            paths = [self.run.folder / KEPT / cell_path(v, f) for f in range(c.frames)]
+            pictures = torch.stack([to_tensor(read_picture(path, c.size)) for path in paths])
+            rows.append(stage.encode(pictures, lambda f: nothing))
+        return torch.stack(rows)
+
     def _sample(
         self,
         phase: str,
@@ -161,7 +208,7 @@ class Job:
         iterations: int,  # of FreeInit
         saved: Snapshot | None,
         basis: str,
-        around: Tensor | None = None,  # [V, C, h, w], what the matrix starts around
+        begin: Callable[[Tensor], Tensor],  # N(0, 1) -> x at the first noise level, both [V, F, C, h, w]
     ) -> Tensor:  # [V, F, C, h, w]
         seed, side = self.settings.seed, self.settings.size // self.settings.factor
         shape = len(worked_out.share), len(worked_out.frame_guidance), (CHANNELS, side, side)
@@ -172,10 +219,7 @@ class Job:
             iteration = next(count)
             if saved and iteration < saved.iteration:
                 return torch.zeros_like(noise)  # already part of what the saved iteration started from
-            if saved and iteration == saved.iteration:
-                state = saved.state
-            else:
-                state = worked_out.start(noise, around) if around is not None else State(starting_point(noise, sigma))
+            state = saved.state if saved and iteration == saved.iteration else State(begin(noise))
             loop = _Loop(self, phase, worked_out, iteration, iterations, basis, state)
             renoise = f"{phase}/renoise/{iteration}"
             return loop.run(columns, rows, lambda step: matrix_noise(seed, renoise, step, *shape))

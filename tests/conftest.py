@@ -1,12 +1,10 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from tiny_pair import write_pair
+from tiny_pair import draw_ball, single_thread, write_pair
 
 import d2
 
@@ -21,11 +19,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one_thread():
-    """Bits depend on how many threads share a sum."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with single_thread():
+        yield
 
 
 @pytest.fixture
@@ -55,9 +50,16 @@ def clip(tmp_path_factory) -> Path:
     return folder
 
 
-def draw_ball(path: Path, x: float, y: float, radius: float = 12, size: tuple[int, int] = (60, 100)) -> None:
-    columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    alpha = np.clip(radius + 0.5 - np.hypot(columns - x, rows - y), 0, 1) * 255
-    rgba = np.dstack([np.full_like(alpha, 200), rows * 2.0, columns * 3.0, alpha]).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rgba).save(path)
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory, tiny, clip) -> Path:
+    """A finished run of the clip, to be copied."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    with single_thread():
+        d2.generate(clip, folder, preset=tiny / "preset.yaml", weights=tiny)
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path) -> Path:
+    """A finished run of the clip."""
+    return Path(shutil.copytree(finished_once, tmp_path / "run"))

@@ -1,10 +1,14 @@
-"""A pair of tiny, randomly initialised checkpoints in the layout of the official ones, and the preset for it."""
+"""A pair of tiny, randomly initialised checkpoints in the layout of the official ones, its preset, and input for it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from d2.config import load
 from d2.fileio import write_tensors, write_yaml
@@ -18,9 +22,9 @@ PRESET = {
     "frame_source": "",
     "licence": "none: random weights for tests",
     "unet_channels": 32,
-    "unet_mult": [1, 2],
+    "unet_mult": [1, 1],
     "unet_blocks": 1,
-    "unet_attention": [1, 2],
+    "unet_attention": [2],
     "unet_head": 16,
     "embedding": 8,
     "clip_size": 32,
@@ -35,7 +39,7 @@ PRESET = {
     "size": 64,
     "views": 3,
     "frames": 3,
-    "steps": 4,
+    "steps": 3,
     "vrs_steps": 1,
     "sigma_max": 20.0,
     "save_every": 1,
@@ -61,3 +65,22 @@ def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> t
     if len(shape) > 1:
         return values / (values[0].numel() ** 0.5)
     return 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Bits depend on how many threads share a sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def draw_ball(path: Path, x: float, y: float, radius: float = 12, size: tuple[int, int] = (60, 100)) -> None:
+    columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    alpha = np.clip(radius + 0.5 - np.hypot(columns - x, rows - y), 0, 1) * 255
+    rgba = np.dstack([np.full_like(alpha, 200), rows * 2.0, columns * 3.0, alpha]).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgba).save(path)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_ball
 from PIL import Image
+from tiny_pair import draw_ball, single_thread
 
-from d2 import fileio
+from d2 import fileio, generation
 from d2.cli import app
 from d2.denoiser import UNetDenoiser
 from d2.errors import Stopped
@@ -55,24 +55,27 @@ def begin(d2, tiny, tmp_path):
     return run
 
 
-@pytest.fixture
-def unfinished(generate, ball, tmp_path):
-    """A run stopped in the joint loop."""
+@pytest.fixture(scope="module")
+def unfinished_once(tmp_path_factory, tiny, ball):
+    """A run stopped in the joint loop, to be copied."""
     seen = []
+    folder = tmp_path_factory.mktemp("runs") / "unfinished"
 
     class Watch(Observer):
         def phase(self, name, done, total):
             if name == "matrix" and done == 3:
                 seen.append(name)
 
-    with pytest.raises(Stopped):
-        generate(ball, tmp_path / "run", observer=Watch(), should_stop=lambda: 2 if seen else 0)
-    return tmp_path / "run"
+    options = {"preset": tiny / "preset.yaml", "weights": tiny, "observer": Watch()}
+    with pytest.raises(Stopped), single_thread():
+        generation.generate(ball, folder, should_stop=lambda: 2 if seen else 0, **options)
+    return folder
 
 
 @pytest.fixture
-def finished(generate, clip, tmp_path):
-    return generate(clip, tmp_path / "run").folder
+def unfinished(unfinished_once, tmp_path):
+    """A run stopped in the joint loop."""
+    return Path(shutil.copytree(unfinished_once, tmp_path / "run"))
 
 
 def test_a_missing_input_is_named_before_any_weight_is_opened(d2, tmp_path):
@@ -233,7 +236,7 @@ def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinis
 
 
 @pytest.mark.parametrize(
-    ("words", "text"), [(["--seed", "5"], "seed: 23 -> 5"), (["--set", "steps=5"], "steps: 4 -> 5")]
+    ("words", "text"), [(["--seed", "5"], "seed: 23 -> 5"), (["--set", "steps=5"], "steps: 3 -> 5")]
 )
 def test_another_configuration_does_not_go_on_and_the_first_difference_is_named(begin, ball, unfinished, words, text):
     before = tree(unfinished)
