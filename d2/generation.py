@@ -80,7 +80,8 @@ def generate(
     `overwrite`, which replaces it only after success, or `keep_finished`, which returns it.  With
     `references_only` it ends after phase 1, so that the references can be retouched before the same call goes on.
     `redo` (`views=3,4` or `frames=0`) samples these rows or columns of a finished run again, on its references as
-    they lie there, and keeps every other cell; seed and sampler may differ, and the folder is replaced after success.
+    they lie there, and keeps every other cell; seed and sampler may differ, the folder is replaced after success, and
+    what was reconstructed from the old matrix goes with it, which needs `overwrite`.
     `should_stop()` returns a signal number to end early with everything saved (raises Stopped).
 
     Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk
@@ -96,7 +97,7 @@ def generate(
     again = cells.parse(redo, settings.views, settings.frames) if redo is not None else None
     _require_place(home, overwrite or keep_finished or again is not None)
     if again is not None:
-        _require_same_shape(home, settings)
+        _require_same_shape(home, settings, overwrite)
     place = machine.choose_device(device)
     pair = load_models(settings, weights, place, _dtype(settings, place), settings.offload)
     fileio.require_space(home, _space(settings))
@@ -238,10 +239,13 @@ def _from_finished(home: Path) -> dict[str, Image.Image | np.ndarray]:
     return made
 
 
-def _require_same_shape(home: Path, settings: GenerateConfig) -> None:
-    """Raises unless `home` is a finished run whose cells and cameras are those of `settings`."""
+def _require_same_shape(home: Path, settings: GenerateConfig, overwrite: bool) -> None:
+    """Raises unless `home` is a finished run whose cells and cameras are those of `settings`, and nothing more."""
     if not _is_finished(home):
         raise ConflictError(f"--cells: {fileio.quoted(home)} is not a finished run; generate it first")
+    others = [name for name in Run.open(home).manifest["stages"] if name != STAGE]
+    if others and not overwrite:
+        raise ConflictError(f"--cells: {fileio.quoted(home)} also holds {others[0]}; pass --overwrite to drop it")
     old = fileio.read_yaml(home / CONFIG)
     new = json.loads(json.dumps(configuration.resolved(settings)))
     old = old if isinstance(old, dict) else {}

@@ -118,7 +118,7 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_gives_others(made, g
     }
 
 
-@pytest.mark.parametrize(("phase", "done"), [("views", 2), ("video", 1), ("matrix", 1), ("decode", 1)])
+@pytest.mark.parametrize(("phase", "done"), [("views", 2), ("matrix", 1), ("decode", 1)])
 def test_a_stopped_run_goes_on_to_the_same_bits(made, generate, ball, tmp_path, phase, done):
     with pytest.raises(Stopped, match=r"go on with: d2 generate .*ball.png --out") as caught:
         generate(ball, tmp_path / "run", **stop_at(phase, done))
@@ -155,7 +155,7 @@ def wait_for(path, process, seconds=30):
 
 
 def test_a_run_killed_in_the_middle_opens_and_goes_on_to_the_same_bits(tiny, generate, clip, tmp_path):
-    sets = ("steps=12",)
+    sets = ("steps=8",)
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(tiny, clip, folder, "--set", sets[0], "--quiet"))
     wait_for(folder / "generate/preview.png", process)  # within the joint loop
@@ -272,8 +272,8 @@ def test_every_choice_of_the_reference_runs_to_a_complete_matrix(generate, clip,
     assert Run.open(generate(clip, tmp_path / "run", sets=sets).folder).matrix()[2, 2].shape == (64, 64, 4)
 
 
-@pytest.mark.parametrize(("V", "F"), [(4, 2), (2, 5)])
-def test_any_number_of_views_and_frames_works(generate, ball, tmp_path, V, F):
+def test_any_number_of_views_and_frames_works(generate, ball, tmp_path):
+    V, F = 2, 5
     folder = generate(ball, tmp_path / "run", sets=(f"views={V}", f"frames={F}", "steps=2")).folder
     matrix = Run.open(folder).matrix()
     assert (matrix.views, matrix.frames) == (V, F)
@@ -299,16 +299,6 @@ def test_a_finished_run_of_the_same_configuration_is_kept_where_asked(made, gene
     assert fileio.sha256(made[0].folder / "run.json") == before
     with pytest.raises(ConflictError):
         generate(ball, made[0].folder, keep_finished=True, sets=("seed=5",))
-
-
-def test_reconstruct_accepts_the_run(generate, made, tmp_path):
-    import shutil
-
-    from d2.recon import reconstruct
-
-    shutil.copytree(made[0].folder, tmp_path / "run")
-    tiny_fit = ("iterations=10", "start_gaussians=50", "max_gaussians=60", "validate_every=10", "holdout=1")
-    assert reconstruct(tmp_path / "run", preset="fast", sets=tiny_fit).model.exists()
 
 
 @pytest.mark.parametrize("name", ["luigi_rgba.png", "flying_ironman"])
@@ -388,6 +378,12 @@ def test_cells_of_no_finished_run_or_one_of_another_shape_are_refused(made, gene
         generate(ball, tmp_path / "run", redo="views=1")
     with pytest.raises(ConflictError, match=r"another shape \(frames: 3 -> 4\)"):
         generate(ball, made[0].folder, redo="views=1", sets=("frames=4",))
+
+
+def test_sampling_again_does_not_drop_a_reconstruction_unasked(generate, clip, finished):
+    Run.open(finished).commit_stage("reconstruct:main", {})
+    with pytest.raises(ConflictError, match="--overwrite"):
+        generate(clip, finished, redo="views=1")
 
 
 def test_a_sweep_makes_a_run_for_each_seed_and_one_sheet(made, tiny, ball, one_thread, tmp_path):
