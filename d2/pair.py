@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from d2 import fileio
+from d2 import fileio, machine
 from d2.config import config, option
 from d2.denoiser import Estimate, Lines, UNetDenoiser
 from d2.errors import InputError, SetupError
@@ -113,6 +113,22 @@ def load_models(
     for model, spec in specs.items():
         weights.check(paths[model], spec)
     return Pair(settings, specs, paths, torch.device(device), dtype, offload)
+
+
+def checks(folder: str | Path | None = None) -> list[machine.Check]:
+    """What `d2 doctor` says about the official checkpoints: found and exactly right, or how to get them.
+
+    Reads headers only, well under a second; none raises.
+    """
+    found = []
+    for spec in (SV3D, SVD):
+        try:
+            path = weights.find(spec, folder)
+            weights.check(path, spec)
+            found.append(machine.Check(spec.name, True, True, f"{fileio.quoted(path)} ({spec.licence})"))
+        except SetupError as error:
+            found.append(machine.Check(spec.name, False, True, str(error)))
+    return found
 
 
 def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Model, Path]:
