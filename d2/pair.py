@@ -13,7 +13,7 @@ from torch import Tensor
 from d2 import fileio, machine
 from d2.config import config, option
 from d2.denoiser import Estimate, Lines, UNetDenoiser
-from d2.errors import InputError, SetupError
+from d2.errors import InputError, ResourceError, SetupError
 from d2.models import weights
 from d2.models.blocks import Blend
 from d2.models.clip import ViTConfig
@@ -160,6 +160,7 @@ class Pair:
         self.settings, self.specs, self.paths = settings, specs, paths
         self.device, self.dtype, self.offload = device, dtype, offload
         self.unets: dict[Model, VideoUNet] = {}
+        self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
 
     def digests(self) -> dict[str, str]:
         """File name -> sha256."""
@@ -206,24 +207,40 @@ class Pair:
     ) -> Callable[[Tensor, float], Estimate]:
         """The denoiser of all columns or all rows, for sampler.sample_matrix.
 
-        With `offload` the network is on the device only while it runs.
+        With `offload` the network is on the device only while it runs.  Where the device's memory runs out, half
+        as many lines are tried, down to one, and `in_flight` says how many it became; raises ResourceError below.
         """
         if model not in self.unets:
             self.unets[model] = cast(VideoUNet, self._load(model, "unet", self.dtype))
         unet = self.unets[model].to(self.device)
         lines = Lines(UNetDenoiser(unet, blend), conditions, AXES[model], in_flight)
-        if not self.offload:
-            return lines
-        unet.to("cpu")
+        if self.offload:
+            unet.to("cpu")
 
         def denoise(x: Tensor, sigma: float) -> Estimate:
-            unet.to(self.device)
-            try:
-                return lines(x, sigma)
-            finally:
+            if self.offload:
+                unet.to(self.device)
+            while (estimate := self._attempt(lines, x, sigma)) is None:
+                if lines.in_flight == 1 or blend is not None:
+                    hint = "try the preset low-vram, a smaller size, or another device"
+                    raise ResourceError(f"out of memory with {lines.in_flight} {lines.axis} in flight; {hint}")
+                lines.in_flight //= 2
+                self.in_flight[lines.axis] = lines.in_flight
+            if self.offload:
                 unet.to("cpu")
+            return estimate
 
         return denoise
+
+    def _attempt(self, lines: Lines, x: Tensor, sigma: float) -> Estimate | None:
+        """The estimate, or None where memory ran out; on return whatever the attempt held is free again."""
+        try:
+            return lines(x, sigma)
+        except torch.OutOfMemoryError:
+            pass  # leaving this block frees the traceback, and with it the tensors of the attempt
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def first_stage(self, model: Model) -> Stage:
         """The autoencoder that a model's latents are drawn with, and for the frame model encoded with."""

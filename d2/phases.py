@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,8 +119,10 @@ class Job:
             path.relative_to(self.run.folder).as_posix(): fileio.sha256(path)
             for path in (*self._paths(REFERENCE_VIDEO, "f"), *self._paths(REFERENCE_VIEWS, "v"))
         }
-        alpha = "estimated against the white background"
-        self.run.write_matrix(cell, c.frames, c.rig, record | {"alpha": alpha, "references": references}, finish)
+        record = record | {"alpha": "estimated against the white background", "references": references}
+        if self.pair.in_flight:
+            record["in_flight"] = self.pair.in_flight
+        self.run.write_matrix(cell, c.frames, c.rig, record, finish)
         self.observer.phase("decode", c.views, c.views)
         fileio.remove(self.run.folder / STATE)
         fileio.remove(self.run.folder / LIVE_PREVIEW)
@@ -271,6 +273,7 @@ class _Loop:
     basis: str
     state: State
     estimate: Tensor | None = None  # [V, F, C, h, w], the last clean guess, for the preview
+    in_flight: dict[str, int] = field(default_factory=dict)  # what was last said about memory
 
     def run(
         self, columns: MatrixDenoiser | None, rows: MatrixDenoiser | None, noise: Callable[[int], Tensor]
@@ -298,6 +301,10 @@ class _Loop:
         self.state = state
         c, steps = self.job.settings, self.plan.config.steps
         self._report()
+        if self.in_flight != self.job.pair.in_flight:
+            self.in_flight = dict(self.job.pair.in_flight)
+            fewer = ", ".join(f"{count} {axis}" for axis, count in self.in_flight.items())
+            self.job.observer.message(f"Warning: memory ran out; going on with {fewer} in flight")
         whole = state.again == 0
         if whole and self.phase == "matrix" and self.estimate is not None and state.step % c.preview_every == 0:
             images.write_png(self.job.run.folder / LIVE_PREVIEW, previews.latent_sheet(self.estimate))

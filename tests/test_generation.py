@@ -17,7 +17,8 @@ from tiny_pair import single_thread
 
 import d2
 from d2 import fileio, images, previews
-from d2.errors import ConflictError, InputError, Stopped
+from d2.denoiser import UNetDenoiser
+from d2.errors import ConflictError, InputError, ResourceError, Stopped
 from d2.models.weights import check
 from d2.phases import STATE, Observer
 from d2.run import Run
@@ -399,3 +400,26 @@ def test_a_sweep_makes_a_run_for_each_seed_and_one_sheet(made, tiny, ball, one_t
         sweep(ball, tmp_path / "out", (3, 3), **options)
     with pytest.raises(InputError, match="--seeds"):
         parse_seeds("1,two")
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+def test_where_memory_runs_out_fewer_lines_are_tried_down_to_one(generate, clip, finished, tmp_path, monkeypatch, fits):
+    healthy = UNetDenoiser.__call__
+
+    def small(self, x, sigma, cond):
+        if len(x) > 2 * fits:  # each line comes with its unconditional twin
+            raise torch.OutOfMemoryError("too many")
+        return healthy(self, x, sigma, cond)
+
+    monkeypatch.setattr(UNetDenoiser, "__call__", small)
+    told, sets = Told(), ("columns_in_flight=3", "rows_in_flight=2")
+    if not fits:
+        with pytest.raises(ResourceError, match=r"out of memory with 1 .*low-vram"):
+            generate(clip, tmp_path / "small", sets=sets)
+        return
+    folder = generate(clip, tmp_path / "small", sets=sets, observer=told).folder
+    stage = Run.open(folder).stage("generate")
+    assert stage is not None
+    assert stage["in_flight"] == {"columns": 1, "rows": 1}
+    assert sum("memory ran out" in text for text in told.texts) == 1
+    assert bits(folder) == bits(finished)

@@ -77,7 +77,7 @@ def find(spec: ModelSpec, folder: str | Path | None = None) -> Path:
     if not spec.repository:
         raise SetupError(f"{quoted(path)} does not exist; say where {spec.filename} lies with --weights DIR")
     raise SetupError(
-        f"{quoted(path)} does not exist (or say where it is with --weights DIR); accept the licence "
+        f"{quoted(path)} does not exist (or say where it is with --weights DIR or $D2_WEIGHTS); accept the licence "
         f"'{spec.licence}' of {spec.repository} on Hugging Face, then run: "
         f"hf download {spec.repository} {spec.filename} --local-dir {quoted(path.parent)}"
     )
