@@ -208,6 +208,7 @@ def _held(home: Path, target: Path, fps: float) -> Iterator[Run]:
         # Opened again under the lock: another process may have finished it meanwhile.
         if Run.open(target).stage(STAGE) is not None:
             raise ConflictError(f"{fileio.quoted(target)} was finished by another process")
+        run.remove_leftovers()
         yield run
 
 

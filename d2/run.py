@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ MANIFEST = "run.json"
 TRANSFORMS = "transforms.json"
 LOCK = ".lock"
 VERSION = 1
+LEFTOVER = re.compile(r"\.[^.].*\.[a-z0-9_]{8}(\.\w+)?")  # what fileio calls a file before it has its name
 
 
 class Run:
@@ -132,6 +134,13 @@ class Run:
             yield
         finally:
             fileio.remove(path)
+
+    def remove_leftovers(self) -> None:
+        """Removes temporary files that a killed process left beside the files of stage 1; call it under the lock."""
+        for pattern in (".*", "generate/**/.*", "images/**/.*"):
+            for path in list(self.folder.glob(pattern)):
+                if LEFTOVER.fullmatch(path.name) and path.is_file():
+                    fileio.remove(path)
 
     def _commit(self) -> None:
         fileio.write_json(self.folder / MANIFEST, self.manifest)

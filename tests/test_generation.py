@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,22 +13,17 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny_pair import single_thread
+from watched import Told, bits, stop_at
 
 import d2
 from d2 import fileio, images, previews
 from d2.denoiser import UNetDenoiser
 from d2.errors import ConflictError, InputError, ResourceError, Stopped
 from d2.models.weights import check
-from d2.phases import STATE, Observer
+from d2.phases import STATE
 from d2.run import Run
 
 SAMPLES = Path(os.environ.get("D2_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "samples"
-
-
-def bits(folder):
-    """sha256 of every cell and of the cameras."""
-    paths = [*sorted((folder / "images").rglob("*.png")), folder / "transforms.json"]
-    return {path.relative_to(folder).as_posix(): fileio.sha256(path) for path in paths}
 
 
 def sample(name):
@@ -37,29 +31,6 @@ def sample(name):
     if not path.exists():
         pytest.skip(f"no sample inputs in {SAMPLES} (set D2_SHARED)")
     return path
-
-
-def stop_at(phase, done):
-    """An observer and a should_stop that ask for the end once a phase is so far."""
-    seen = []
-
-    class Watch(Observer):
-        def phase(self, name, at, total):
-            if name == phase and at >= done:
-                seen.append(name)
-
-    return {"observer": Watch(), "should_stop": lambda: signal.SIGTERM if seen else 0}
-
-
-class Told(Observer):
-    def __init__(self):
-        self.texts, self.phases = [], []
-
-    def message(self, text):
-        self.texts.append(text)
-
-    def phase(self, name, done, total):
-        self.phases.append((name, done, total))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +133,8 @@ def test_a_run_killed_in_the_middle_opens_and_goes_on_to_the_same_bits(tiny, gen
     wait_for(folder / "generate/preview.png", process)  # within the joint loop
     process.kill()
     process.wait()
+    for name in (".preview.a1b2c3d4.mp4", "generate/.state.a1b2c3d4.safetensors", "images/v00/.f001.a1b2c3d4.png"):
+        fileio.atomic_write(folder / name, b"torn")
     assert not (folder / "transforms.json").exists()
     assert Run.open(folder).stage("generate") is None
     generate(clip, tmp_path / "whole", sets=sets)
@@ -169,6 +142,7 @@ def test_a_run_killed_in_the_middle_opens_and_goes_on_to_the_same_bits(tiny, gen
     generate(clip, folder, sets=sets, observer=told)
     assert any("Resuming the matrix" in text for text in told.texts)
     assert bits(folder) == bits(tmp_path / "whole")
+    assert not list(folder.rglob(".*"))
 
 
 def test_sigterm_ends_with_143_and_the_command_that_goes_on(tiny, clip, tmp_path):
@@ -266,9 +240,7 @@ def test_lines_in_flight_and_offloading_change_nothing_but_rounding(generate, cl
     assert (a - b).abs().max() <= 2 / 255
 
 
-@pytest.mark.parametrize(
-    "sets", [("conv_blend=0.6",), ("noise_from_mv=true",), ("uc_type=mean", "svd_cfg_warmup=true")]
-)
+@pytest.mark.parametrize("sets", [("conv_blend=0.6", "noise_from_mv=true"), ("uc_type=mean", "svd_cfg_warmup=true")])
 def test_every_choice_of_the_reference_runs_to_a_complete_matrix(generate, clip, tmp_path, sets):
     assert Run.open(generate(clip, tmp_path / "run", sets=sets).folder).matrix()[2, 2].shape == (64, 64, 4)
 
@@ -345,61 +317,6 @@ def test_the_tiny_pair_passes_the_strict_header_check(tiny):
 def test_the_preview_while_sampling_has_a_tile_for_every_cell():
     assert previews.latent_sheet(torch.zeros(3, 5, 4, 8, 8)).shape == (24, 40, 3)
     assert previews.latent_sheet(torch.zeros(21, 25, 4, 72, 72)).shape == (21 * 36, 25 * 36, 3)
-
-
-@pytest.mark.parametrize(("text", "anew"), [("views=1", [(1, f) for f in range(3)]), ("frames=0", [(0, 0), (2, 0)])])
-def test_chosen_cells_are_sampled_again_and_the_rest_is_kept(generate, clip, finished, text, anew):
-    folder = finished
-    before = bits(folder)
-    with pytest.raises(Stopped, match=f"--cells {text}"):
-        generate(clip, folder, redo=text, sets=("seed=5",), **stop_at("matrix", 2))
-    assert bits(folder) == before
-    generate(clip, folder, redo=text, sets=("seed=5",))
-    after = bits(folder)
-    axis = 0 if text.startswith("views") else 1
-    for v in range(3):
-        for f in range(3):
-            name = f"images/v{v:02d}/f{f:03d}.png"
-            assert (after[name] != before[name]) == ((v, f)[axis] == anew[0][axis])
-    stage = Run.open(folder).stage("generate")
-    assert stage is not None
-    assert (stage["seed"], stage["cells"]) == (5, text)
-    assert not (folder / "generate/kept").exists()
-
-
-@pytest.mark.parametrize("text", ["views=3", "views", "rows=1", "views=-1", "frames=0,7"])
-def test_cells_that_are_not_there_are_refused(generate, clip, tmp_path, text):
-    with pytest.raises(InputError, match="--cells"):
-        generate(clip, tmp_path / "run", redo=text)
-    assert not (tmp_path / "run").exists()
-
-
-def test_cells_of_no_finished_run_or_one_of_another_shape_are_refused(made, generate, ball, tmp_path):
-    with pytest.raises(ConflictError, match="not a finished run"):
-        generate(ball, tmp_path / "run", redo="views=1")
-    with pytest.raises(ConflictError, match=r"another shape \(frames: 3 -> 4\)"):
-        generate(ball, made[0].folder, redo="views=1", sets=("frames=4",))
-
-
-def test_sampling_again_does_not_drop_a_reconstruction_unasked(generate, clip, finished):
-    Run.open(finished).commit_stage("reconstruct:main", {})
-    with pytest.raises(ConflictError, match="--overwrite"):
-        generate(clip, finished, redo="views=1")
-
-
-def test_a_sweep_makes_a_run_for_each_seed_and_one_sheet(made, tiny, ball, one_thread, tmp_path):
-    from d2.sweep import parse_seeds, sweep
-
-    options = {"preset": tiny / "preset.yaml", "weights": tiny, "sets": ("steps=2",)}
-    results = sweep(ball, tmp_path / "out", parse_seeds("3, 4"), **options)
-    assert [result.folder.name for result in results] == ["seed-3", "seed-4"]
-    assert images.open_image(tmp_path / "out/seeds.png").size == (3 * 192, 2 * 192)
-    cells = [(result.folder / "images/v00/f000.png").read_bytes() for result in results]
-    assert cells[0] != cells[1]
-    with pytest.raises(InputError, match="--seeds"):
-        sweep(ball, tmp_path / "out", (3, 3), **options)
-    with pytest.raises(InputError, match="--seeds"):
-        parse_seeds("1,two")
 
 
 @pytest.mark.parametrize("fits", [1, 0])
