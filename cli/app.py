@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import bench, doctor, export, reconstruct
+from d2.cli import bench, doctor, export, generate, reconstruct, run
 from d2.errors import D2Error
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(run.run)
+app.command()(generate.generate)
 app.command()(reconstruct.reconstruct)
 app.command()(export.export)
 app.add_typer(bench.app, name="bench")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import typer
 
 
 def doctor(json: bool = typer.Option(False, help="Print one JSON object.")) -> None:
-    """Show what works on this machine: torch, CUDA, rasterizer, video, optional extras."""
+    """Show what works on this machine: torch, CUDA, rasterizer, video, optional extras, weights."""
     from d2 import machine
 
     checks = machine.checks()
+    with contextlib.suppress(ImportError, OSError):  # without torch, which the checks above have told
+        from d2 import pair
+
+        checks += pair.checks()
     if json:
         import json as encoder
 

@@ -7,7 +7,8 @@ import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from d2.recon.pipeline import Observer
+from d2 import phases
+from d2.recon import pipeline
 
 if TYPE_CHECKING:
     from d2.recon.train import Progress
@@ -22,8 +23,8 @@ def observer(quiet: bool) -> Console | Bar | Plain:
     return Bar() if sys.stderr.isatty() else Plain()
 
 
-class Console(Observer, AbstractContextManager):
-    """Silent; the base of the others."""
+class Console(pipeline.Observer, phases.Observer, AbstractContextManager):
+    """Silent; the base of the others.  Both stages report to it."""
 
     def __exit__(self, *exception: object) -> None:
         return None
@@ -35,6 +36,7 @@ class Plain(Console):
     def __init__(self) -> None:
         self.begin: float | None = None
         self.last = 0.0
+        self.phases: dict[str, tuple[float, int]] = {}  # when each began, and how much was done then
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -51,6 +53,15 @@ class Plain(Console):
         done = f"{100 * progress.fraction:.0f} %, iteration {progress.iteration}"
         self.message(f"{done}{quality}, {progress.gaussians} Gaussians, {left:.0f} s left")
 
+    def phase(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begin, before = self.phases.setdefault(name, (now, done))
+        if done < total and now - self.last < PLAIN_EVERY:
+            return
+        self.last = now
+        left = f", {(now - begin) * (total - done) / (done - before):.0f} s left" if before < done < total else ""
+        self.message(f"{name}: {done} of {total}{left}")
+
 
 class Bar(Console):
     """A rich progress bar with quality, count and time left."""
@@ -65,6 +76,7 @@ class Bar(Console):
             TimeRemainingColumn(), console=RichConsole(stderr=True),
         )  # fmt: skip
         self.task: Any = None
+        self.phases: dict[str, Any] = {}
 
     def __enter__(self) -> Bar:
         self.bar.start()
@@ -82,3 +94,8 @@ class Bar(Console):
         if self.task is None:
             self.task = self.bar.add_task("Fitting", total=1.0, quality=quality)
         self.bar.update(self.task, completed=progress.fraction, quality=quality)
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if name not in self.phases:
+            self.phases[name] = self.bar.add_task(name.capitalize(), total=total, quality="")
+        self.bar.update(self.phases[name], completed=done, quality=f"{done} of {total}")

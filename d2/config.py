@@ -53,14 +53,18 @@ def load(cls: type[Config], *sources: str | Path | dict[str, Any], sets: tuple[s
         raise InputError(f"{name}: {first['msg'].lower()}, got {_shown(first['input'])}") from error
 
 
-def preset_path(name: str | Path) -> Path:
-    """Where a preset lies: a path to a YAML file as it is, a bare name among those that ship."""
+def preset_path(name: str | Path, command: str = "") -> Path:
+    """Where a preset lies: a path to a YAML file as it is, a bare name among those that ship.
+
+    Presets of `d2 generate` are called generate-NAME.yaml; those without a command are of `d2 reconstruct`.
+    """
     if isinstance(name, Path) or Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
     folder = Path(str(importlib.resources.files("d2.configs")))
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
+    prefix = f"{command}-" if command else ""
+    known = sorted(p.stem.removeprefix(prefix) for p in folder.glob(f"{prefix}*.yaml") if command or "-" not in p.stem)
+    path = folder / f"{prefix}{name}.yaml"
+    if name not in known:
         raise InputError(f"no preset is called {name!r}; there are: {', '.join(known)}")
     return path
 

@@ -172,6 +172,11 @@ def require_space(folder: str | Path, needed: int) -> None:
         raise ResourceError(f"{folder}: {needed / MB:.0f} MB of disk needed, {free / MB:.0f} MB free")
 
 
+def is_writable(folder: str | Path) -> bool:
+    """Whether files can be created in an existing folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 def _fsync_folder(folder: Path) -> None:
     if os.name == "nt":
         return

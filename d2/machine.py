@@ -9,10 +9,13 @@ import os
 import platform
 import sys
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2 import __version__
-from d2.errors import SetupError
+from d2.errors import InputError, SetupError
+
+if TYPE_CHECKING:
+    import torch
 
 # Shared libraries that a package needs from the system, and Debian's package for each.
 SYSTEM_LIBRARIES = {
@@ -46,6 +49,26 @@ def require(module: str, distribution: str | None = None) -> ModuleType:
         ) from error
     except (ImportError, OSError) as error:
         raise SetupError(_library_hint(module, str(error))) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where torch sees a GPU.
+
+    Raises InputError for what is no device, SetupError for one that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise SetupError(f"--device {name}: torch {torch.__version__} sees no such GPU; use --device cpu")
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N")
+    return device
 
 
 def describe() -> dict[str, Any]:

@@ -20,8 +20,9 @@ def cell_path(view: int, frame: int) -> str:
 class ImageMatrix:
     """`m[v, f]` is uint8 RGBA [H, W, 4]; every cell exists and has one size, or opening raises InputError."""
 
-    def __init__(self, folder: str | Path, views: int, frames: int):
+    def __init__(self, folder: str | Path, views: int, frames: int, digests: dict[str, str] | None = None):
         self.folder, self.views, self.frames = Path(folder), views, frames
+        self.digests = digests or {}  # path -> sha256 that its file had when it was written
         cells = [(v, f) for v in range(views) for f in range(frames)]
         if not cells:
             raise InputError(f"{fileio.quoted(folder)}: a matrix of {views} views × {frames} frames holds no image")
@@ -40,8 +41,12 @@ class ImageMatrix:
             )
 
     def __getitem__(self, cell: tuple[int, int]) -> np.ndarray:
-        """uint8 [H, W, 4]; raises InputError naming the file, and with it the cell, when it is damaged."""
-        return images.read_rgba(self.folder / cell_path(*cell))[0]
+        """uint8 [H, W, 4]; raises InputError naming the file, and with it the cell, when it is damaged or replaced."""
+        path = cell_path(*cell)
+        if path in self.digests and fileio.sha256(self.folder / path) != self.digests[path]:
+            label = fileio.quoted(self.folder / path)
+            raise InputError(f"{label}: view {cell[0]} frame {cell[1]} is not the file that was written (sha256)")
+        return images.read_rgba(self.folder / path)[0]
 
     def tensor(self, views: list[int], frames: list[int], background: float = 1.0) -> Tensor:
         """float32 [v, f, 3, H, W] in 0..1, composited on a grey level."""

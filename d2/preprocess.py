@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +85,29 @@ def to_tensor(
 ) -> Tensor:  # [3, H, W] float32 in -1..1
     """What the networks take."""
     return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1) / 255 * 2 - 1
+
+
+def squares(
+    pictures: Sequence[Image.Image],  # RGBA
+    ratio: float | None = 0.9,
+    box: Literal["clip", "frame"] = "clip",
+    size: int = 576,  # pixels of the output
+) -> list[Image.Image]:  # RGBA, size×size
+    """Pictures of one clip, centred and scaled alike.
+
+    One box around the object in all of them keeps its motion; one for each frame, as in the reference, takes
+    it away.  Without a ratio a clip keeps its whole picture.  Raises InputError when nothing is opaque.
+    """
+    if ratio is None and len(pictures) > 1:
+        boxes = [whole(picture) for picture in pictures]
+    else:
+        boxes = [foreground(picture) for picture in pictures]
+    if box == "clip":
+        boxes = [union(boxes)] * len(boxes)
+    return [
+        recentre(picture, b, square_side(b, ratio, picture.height), size)
+        for picture, b in zip(pictures, boxes, strict=True)
+    ]
 
 
 def frame_picture(

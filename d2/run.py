@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ TRANSFORMS = "transforms.json"
 LOCK = ".lock"
 VERSION = 1
 MAX_CELLS = 100_000  # images of a matrix, far above any model
+LEFTOVER = re.compile(r"\.[^.].*\.[a-z0-9_]{8}(\.\w+)?")  # what fileio calls a file before it has its name
 
 
 class Run:
@@ -92,9 +94,17 @@ class Run:
             self._commit()
 
     def write_matrix(
-        self, cell: Callable[[int, int], np.ndarray], frames: int, rig: Rig, record: dict[str, Any]
+        self,
+        cell: Callable[[int, int], np.ndarray],
+        frames: int,
+        rig: Rig,
+        record: dict[str, Any],
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
-        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done."""
+        """Commits the generate stage: `cell(v, f)` gives uint8 [H, W, 3 or 4]; images, cameras, then done.
+
+        `finish` is called between images and cameras, to write what is made from all images.
+        """
         views = len(rig.azimuth)
         self.drop_stage("generate")
         digests = {}
@@ -103,6 +113,7 @@ class Run:
                 path = self.folder / cell_path(v, f)
                 images.write_png(path, cell(v, f))
                 digests[cell_path(v, f)] = fileio.sha256(path)
+        finish()
         fileio.write_json(self.folder / TRANSFORMS, transforms(rig, frames))
         self.commit_stage("generate", record | {"views": views, "frames": frames, "files": digests})
 
@@ -111,7 +122,7 @@ class Run:
         stage = self.stage("generate")
         if stage is None:
             raise ConflictError(f"{fileio.quoted(self.folder)} has no finished matrix; run d2 generate --resume first")
-        return ImageMatrix(self.folder, stage["views"], stage["frames"])
+        return ImageMatrix(self.folder, stage["views"], stage["frames"], stage.get("files"))
 
     def require_intact(self, name: str) -> None:
         """Raises InputError naming the first file of a stage that is gone or is not what the stage recorded."""
@@ -141,6 +152,13 @@ class Run:
             yield
         finally:
             fileio.remove(path)
+
+    def remove_leftovers(self) -> None:
+        """Removes temporary files that a killed process left beside the files of stage 1; call it under the lock."""
+        for pattern in (".*", "generate/**/.*", "images/**/.*"):
+            for path in list(self.folder.glob(pattern)):
+                if LEFTOVER.fullmatch(path.name) and path.is_file():
+                    fileio.remove(path)
 
     def _commit(self) -> None:
         fileio.write_json(self.folder / MANIFEST, self.manifest)

@@ -44,10 +44,11 @@ class ModelSpec:
     unet: UNetConfig
     slots: tuple[str, ...]  # of the conditioner
     video_decoder: bool
-    repository: str  # on huggingface.co
+    repository: str  # on Hugging Face; empty where nobody publishes it
     clip: ViTConfig = field(default_factory=ViTConfig)
     clip_text: tuple[int, int, int] = (1024, 77, 49408)  # width, positions, vocabulary of CLIP's other half
     vae: VAEConfig = field(default_factory=VAEConfig)
+    licence: str = "Stability AI Community License"
 
     @property
     def filename(self) -> str:
@@ -71,12 +72,15 @@ class Entry:
 def find(spec: ModelSpec, folder: str | Path | None = None) -> Path:
     """The path of a checkpoint in `folder`, $D2_WEIGHTS or checkpoints/; raises SetupError without it."""
     path = Path(folder or os.environ.get("D2_WEIGHTS") or "checkpoints") / spec.filename
-    if not path.exists():
-        raise SetupError(
-            f"{quoted(path)} does not exist; accept its licence at https://huggingface.co/{spec.repository} "
-            f"and run: hf download {spec.repository} {spec.filename} --local-dir {quoted(path.parent)}"
-        )
-    return path
+    if path.exists():
+        return path
+    if not spec.repository:
+        raise SetupError(f"{quoted(path)} does not exist; say where {spec.filename} lies with --weights DIR")
+    raise SetupError(
+        f"{quoted(path)} does not exist (or say where it is with --weights DIR or $D2_WEIGHTS); accept the licence "
+        f"'{spec.licence}' of {spec.repository} on Hugging Face, then run: "
+        f"hf download {spec.repository} {spec.filename} --local-dir {quoted(path.parent)}"
+    )
 
 
 def load(

@@ -1,0 +1,291 @@
+"""The pair of models as the matrix needs it: one for its columns, one for its rows, each loaded when it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from d2 import fileio, machine
+from d2.config import config, option
+from d2.denoiser import Estimate, Lines, UNetDenoiser
+from d2.errors import InputError, ResourceError, SetupError
+from d2.models import weights
+from d2.models.blocks import Blend
+from d2.models.clip import ViTConfig
+from d2.models.conditioner import (
+    SV3D_SLOTS,
+    SVD_SLOTS,
+    Conditioner,
+    Conditioning,
+    condition,
+    sv3d_angles,
+    sv3d_vector,
+    svd_vector,
+)
+from d2.models.unet import UNetConfig, VideoUNet
+from d2.models.vae import FirstStage, VAEConfig
+from d2.models.weights import SV3D, SVD, ModelSpec
+
+Model = Literal["view", "frame"]
+HINT = " -- a small pair that needs no download will come with d2 as the preset 'tiny'"
+AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
+
+
+@config
+class PairConfig:
+    """Which two checkpoints, and the hyper-parameters both share; the defaults are SV3D-p and SVD-XT."""
+
+    view_model: str = option(SV3D.name, "view checkpoint: a file name without .safetensors")
+    view_source: str = option(SV3D.repository, "where its owner publishes it: a Hugging Face repository, or empty")
+    frame_model: str = option(SVD.name, "frame checkpoint: a file name without .safetensors")
+    frame_source: str = option(SVD.repository, "where its owner publishes it: a Hugging Face repository, or empty")
+    licence: str = option(SVD.licence, "licence of both checkpoints")
+
+    unet_channels: int = option(320, "width of the UNet's first level", ge=32, le=4096, multiple_of=32)
+    unet_mult: tuple[int, ...] = option((1, 2, 4, 4), "width of every level, times the first's", strict=False)
+    unet_blocks: int = option(2, "residual blocks a level", ge=1, le=16)
+    unet_attention: tuple[int, ...] = option((1, 2, 4), "down-sampling factors with attention", strict=False)
+    unet_head: int = option(64, "channels of an attention head", ge=1, le=1024)
+    embedding: int = option(256, "channels that stand for one number of the conditioning", ge=2, le=4096)
+    clip_size: int = option(224, "side of CLIP's picture in pixels", ge=8, le=1024)
+    clip_patch: int = option(14, "side of CLIP's patches in pixels", ge=1, le=128)
+    clip_width: int = option(1280, "width of CLIP", ge=8, le=8192)
+    clip_layers: int = option(32, "blocks of CLIP", ge=1, le=256)
+    clip_heads: int = option(16, "attention heads of CLIP", ge=1, le=256)
+    clip_output: int = option(1024, "length of CLIP's embedding, the UNet's context", ge=1, le=8192)
+    vae_channels: int = option(128, "width of the autoencoder's first level", ge=32, le=4096, multiple_of=32)
+    vae_mult: tuple[int, ...] = option((1, 2, 4, 4), "width of every level, times the first's", strict=False)
+    vae_blocks: int = option(2, "residual blocks a level of the autoencoder", ge=1, le=16)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels: the side of a picture is a multiple of it."""
+        return 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture to a pixel of its latent."""
+        return 2 ** (len(self.vae_mult) - 1)
+
+    def spec(self, model: Model) -> ModelSpec:
+        """The layout of one checkpoint."""
+        view = model == "view"
+        unet = UNetConfig(
+            model_channels=self.unet_channels,
+            channel_mult=self.unet_mult,
+            num_res_blocks=self.unet_blocks,
+            attention_resolutions=self.unet_attention,
+            num_head_channels=self.unet_head,
+            context_dim=self.clip_output,
+            adm_in_channels=(5 if view else 3) * self.embedding,
+        )
+        clip = (self.clip_size, self.clip_patch, self.clip_width, self.clip_layers, self.clip_heads)
+        return ModelSpec(
+            self.view_model if view else self.frame_model,
+            unet,
+            SV3D_SLOTS if view else SVD_SLOTS,
+            not view,
+            self.view_source if view else self.frame_source,
+            ViTConfig(*clip, output_dim=self.clip_output),
+            vae=VAEConfig(ch=self.vae_channels, ch_mult=self.vae_mult, num_res_blocks=self.vae_blocks),
+            licence=self.licence,
+        )
+
+
+def load_models(
+    settings: PairConfig,
+    folder: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+) -> Pair:
+    """The pair found in `folder`, $D2_WEIGHTS or checkpoints/, both headers checked, no tensor read yet.
+
+    Raises SetupError where a file is missing or is not exactly the checkpoint that `settings` describes.
+    """
+    specs: dict[Model, ModelSpec] = {"view": settings.spec("view"), "frame": settings.spec("frame")}
+    paths = _find(specs, folder)
+    for model, spec in specs.items():
+        weights.check(paths[model], spec)
+    return Pair(settings, specs, paths, torch.device(device), dtype, offload)
+
+
+def checks(folder: str | Path | None = None) -> list[machine.Check]:
+    """What `d2 doctor` says about the official checkpoints: found and exactly right, or how to get them.
+
+    Reads headers only, well under a second; none raises.
+    """
+    found = []
+    for spec in (SV3D, SVD):
+        try:
+            path = weights.find(spec, folder)
+            weights.check(path, spec)
+            found.append(machine.Check(spec.name, True, True, f"{fileio.quoted(path)} ({spec.licence})"))
+        except SetupError as error:
+            found.append(machine.Check(spec.name, False, True, str(error)))
+    return found
+
+
+def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Model, Path]:
+    """Both files; what is missing is said in one go."""
+    paths: dict[Model, Path] = {}
+    missing = []
+    for model, spec in specs.items():
+        try:
+            paths[model] = weights.find(spec, folder)
+        except SetupError as error:
+            missing.append(str(error))
+    if missing:
+        raise SetupError(" -- and ".join(missing) + HINT * any(spec.repository for spec in specs.values()))
+    return paths
+
+
+class Pair:
+    """Both models.  At most the two UNets stay loaded; the rest comes and goes with the call that needs it."""
+
+    def __init__(
+        self,
+        settings: PairConfig,
+        specs: dict[Model, ModelSpec],
+        paths: dict[Model, Path],
+        device: torch.device,
+        dtype: torch.dtype,  # of the UNets; what looks at pictures and draws them runs in float32
+        offload: bool,
+    ) -> None:
+        self.settings, self.specs, self.paths = settings, specs, paths
+        self.device, self.dtype, self.offload = device, dtype, offload
+        self.unets: dict[Model, VideoUNet] = {}
+        self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
+
+    def digests(self) -> dict[str, str]:
+        """File name -> sha256."""
+        return {path.name: fileio.sha256(path) for path in self.paths.values()}
+
+    def release(self) -> None:
+        """Lets the UNets go, so that the decoder has the memory."""
+        self.unets.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def conditions(
+        self,
+        model: Model,
+        pictures: Tensor,  # [N, 3, H, W] in -1..1, one for each line
+        noise: Callable[[int], Tensor],  # line -> [3, H, W], N(0, 1)
+        vector: Tensor,  # [T, A]
+        cond_aug: float,  # standard deviation of the noise on the picture
+    ) -> list[Conditioning]:
+        """What each line is conditioned on, from its reference picture."""
+        look = cast(Conditioner, self._load(model, "conditioner"))
+        found = []
+        for line, picture in enumerate(pictures):
+            with torch.no_grad():
+                token, latent = look(picture[None].to(self.device), noise(line)[None].to(self.device), cond_aug)
+            found.append(condition(token, latent, vector.to(self.device)).to(self.device, self.dtype))
+        return found
+
+    def view_vector(
+        self,
+        elevation: Tensor,  # [V] rad
+        azimuth: Tensor,  # [V] rad
+        cond_aug: float,
+    ) -> Tensor:  # [V, A]
+        """The numbers a column is conditioned on."""
+        return sv3d_vector(cond_aug, *sv3d_angles(elevation, azimuth), self.settings.embedding)
+
+    def frame_vector(self, fps_id: float, motion: float, cond_aug: float, F: int) -> Tensor:  # [F, A]
+        """The numbers a row is conditioned on."""
+        return svd_vector(fps_id, motion, cond_aug, F, self.settings.embedding)
+
+    def lines(
+        self, model: Model, conditions: list[Conditioning], in_flight: int = 1, blend: Blend | None = None
+    ) -> Callable[[Tensor, float], Estimate]:
+        """The denoiser of all columns or all rows, for sampler.sample_matrix.
+
+        With `offload` the network is on the device only while it runs.  Where the device's memory runs out, half
+        as many lines are tried, down to one, and `in_flight` says how many it became; raises ResourceError below.
+        """
+        if model not in self.unets:
+            self.unets[model] = cast(VideoUNet, self._load(model, "unet", self.dtype))
+        unet = self.unets[model].to(self.device)
+        lines = Lines(UNetDenoiser(unet, blend), conditions, AXES[model], in_flight)
+        if self.offload:
+            unet.to("cpu")
+
+        def denoise(x: Tensor, sigma: float) -> Estimate:
+            if self.offload:
+                unet.to(self.device)
+            while (estimate := self._attempt(lines, x, sigma)) is None:
+                if lines.in_flight == 1 or blend is not None:
+                    hint = "try the preset low-vram, a smaller size, or another device"
+                    raise ResourceError(f"out of memory with {lines.in_flight} {lines.axis} in flight; {hint}")
+                lines.in_flight //= 2
+                self.in_flight[lines.axis] = lines.in_flight
+            if self.offload:
+                unet.to("cpu")
+            return estimate
+
+        return denoise
+
+    def _attempt(self, lines: Lines, x: Tensor, sigma: float) -> Estimate | None:
+        """The estimate, or None where memory ran out; on return whatever the attempt held is free again."""
+        try:
+            return lines(x, sigma)
+        except torch.OutOfMemoryError:
+            pass  # leaving this block frees the traceback, and with it the tensors of the attempt
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def first_stage(self, model: Model) -> Stage:
+        """The autoencoder that a model's latents are drawn with, and for the frame model encoded with."""
+        return Stage(cast(FirstStage, self._load(model, "first_stage")), self.device)
+
+    def _load(self, model: Model, part: weights.Part, dtype: torch.dtype = torch.float32) -> Any:
+        return weights.load(self.paths[model], self.specs[model], part, dtype, self.device)
+
+
+class Stage:
+    """An autoencoder in float32; latents and pictures come and go on the CPU."""
+
+    def __init__(self, module: FirstStage, device: torch.device) -> None:
+        self.module, self.device = module, device
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,  # [T, C, h, w], as sampled
+        chunk: int,  # pictures at a time
+    ) -> Tensor:  # [T, 3, H, W] in 0..1
+        """Pictures of one line."""
+        pictures = self.module.decode(latents.to(self.device), chunk)
+        return ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        pictures: Tensor,  # [N, 3, H, W] in -1..1
+        noise: Callable[[int], Tensor],  # picture -> [C, h, w], N(0, 1)
+    ) -> Tensor:  # [N, C, h, w]
+        """Latents drawn from the encoder's distribution, as sampled ones."""
+        encoded = [
+            self.module.encode(picture[None].to(self.device), noise(number)[None].to(self.device))
+            for number, picture in enumerate(pictures)
+        ]
+        return torch.cat(encoded).cpu()
+
+
+def model_angles(V: int) -> Tensor:  # [V] rad
+    """Azimuths as the view model was taught them, whichever way the cameras turn; the last one is the input."""
+    return torch.arange(1, V + 1, dtype=torch.float64) / V * (2 * math.pi)
+
+
+def check_size(size: int, settings: PairConfig) -> None:
+    """Raises InputError for a side that the networks cannot halve as often as they do."""
+    if size % settings.multiple:
+        raise InputError(f"size {size}: expected a multiple of {settings.multiple}")
