@@ -15,7 +15,7 @@ from d2.errors import InputError, ResourceError, SetupError
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_FILE = 512 * fileio.MB
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow knows more, some of which start other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow knows more, some of which start other programs
 
 
 def read_rgba(path: str | Path) -> tuple[np.ndarray, bool]:

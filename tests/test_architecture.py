@@ -21,11 +21,13 @@ LAYERS = [
     ["errors"],
     ["fileio"],
     ["config", "images", "camera", "machine", "noise", "schedule", "models"],
-    ["matrix", "preprocess", "shard", "denoiser"],
-    ["run", "compose"],
+    ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser"],
+    ["run", "compose", "pair"],
     ["sampler", "toybox"],
-    ["train"],
-    ["generate"],
+    ["cells", "settings", "snapshot"],
+    ["phases", "train"],
+    ["generation"],
+    ["sweep"],
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

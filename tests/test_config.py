@@ -77,12 +77,9 @@ def test_an_unknown_preset_lists_those_that_ship():
 
 
 @pytest.mark.parametrize("name", ["../configs/fast", "a/b", "", ".", "a\0b"])
-def test_a_preset_name_cannot_leave_the_folder_unnoticed(name):
-    if name == "../configs/fast":
-        assert config.preset_path(name).samefile(config.preset_path("fast"))
-    else:
-        with pytest.raises(InputError):
-            config.preset_path(name)
+def test_a_preset_name_cannot_leave_the_folder(name):
+    with pytest.raises(InputError):
+        config.preset_path(name)
 
 
 def test_configurations_cannot_be_changed():

@@ -75,8 +75,12 @@ for name in {modules!r}:
     assert module.__file__.startswith({place!r}), module.__file__
 from d2 import config
 from d2.recon.config import ReconstructConfig
+from d2.settings import GenerateConfig
 for preset in {presets!r}:
-    config.load(ReconstructConfig, preset)
+    if preset.startswith("generate-"):
+        config.load(GenerateConfig, config.preset_path(preset.removeprefix("generate-"), "generate"))
+    else:
+        config.load(ReconstructConfig, preset)
 from d2.cli.app import main
 sys.argv = ["d2", "doctor"]
 main()

@@ -20,7 +20,7 @@ from d2.cli import app
 from d2.denoiser import UNetDenoiser
 from d2.errors import Stopped
 from d2.phases import STATE, Observer
-from d2.run import Run
+from d2.run import Run, _started
 
 
 def tree(folder):
@@ -226,7 +226,7 @@ def test_a_folder_of_someone_else_is_not_touched_not_even_with_overwrite(begin, 
 
 def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinished):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    owner = {"pid": sleeper.pid, "host": socket.gethostname(), "since": 0}
+    owner = {"pid": sleeper.pid, "host": socket.gethostname(), "started": _started(sleeper.pid)}
     (unfinished / ".lock").write_text(json.dumps(owner))
     code, line = begin(ball)
     assert (code, f"locked by pid {sleeper.pid}" in line) == (8, True)
