@@ -16,7 +16,7 @@ from d2.errors import D2Error
 
 app = typer.Typer(
     name="d2",
-    help="Image, single-view video or static 3D asset in, 4D asset out.",
+    help="Picture, video or multi-view video in, 4D asset out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +34,7 @@ def root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
     debug: bool = typer.Option(False, "--debug", help="Print the traceback of an error."),
 ) -> None:
-    """Image, single-view video or static 3D asset in, 4D asset out."""
+    """Picture, video or multi-view video in, 4D asset out."""
     if version:
         typer.echo(f"d2 {__version__}")
         raise typer.Exit()

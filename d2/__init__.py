@@ -1,4 +1,4 @@
-"""d2: an image, a single-view video or a static 3D asset becomes a 4D asset."""
+"""d2: a picture, a video or a multi-view video becomes a 4D asset."""
 
 from __future__ import annotations
 

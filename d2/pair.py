@@ -32,7 +32,6 @@ from d2.models.vae import FirstStage, VAEConfig
 from d2.models.weights import SV3D, SVD, ModelSpec
 
 Model = Literal["view", "frame"]
-HINT = " -- a small pair that needs no download will come with d2 as the preset 'tiny'"
 AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
 
 
@@ -141,7 +140,7 @@ def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Mode
         except SetupError as error:
             missing.append(str(error))
     if missing:
-        raise SetupError(" -- and ".join(missing) + HINT * any(spec.repository for spec in specs.values()))
+        raise SetupError(" -- and ".join(missing))
     return paths
 
 

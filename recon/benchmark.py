@@ -18,7 +18,7 @@ from d2.recon import dataset, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.metrics import psnr, psnr_foreground, ssim
-from d2.recon.pipeline import Observer, choose_device, kernel_threads
+from d2.recon.pipeline import Observer, kernel_threads
 from d2.recon.raster import choose_backend
 
 TRAIN_SAMPLE = 48  # training cells that psnr_train is averaged over
@@ -42,7 +42,7 @@ def reconstruct(
     """
     observer = observer or Observer()
     settings = configuration.load(ReconstructConfig, preset, sets=sets)
-    place = choose_device(device)
+    place = machine.choose_device(device)
     if dataset.find_transforms(path, "train") == dataset.find_transforms(path, "test"):
         raise InputError(f"{path}: a benchmark needs transforms_train.json and transforms_test.json")
     observer.message("Reading images")

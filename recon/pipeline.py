@@ -15,8 +15,8 @@ import numba
 import torch
 
 from d2 import config as configuration
-from d2 import fileio
-from d2.errors import ConflictError, InputError, SetupError, Stopped
+from d2 import fileio, machine
+from d2.errors import ConflictError, InputError, Stopped
 from d2.recon import checkpoint, dataset, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.raster import choose_backend
@@ -78,7 +78,7 @@ def reconstruct(
     observer = observer or Observer()
     path = Path(path)
     settings = configuration.load(ReconstructConfig, preset, sets=sets)
-    place = choose_device(device)
+    place = machine.choose_device(device)
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
     dataset.find_transforms(path)
@@ -182,20 +182,6 @@ class _Job:
                 f"stopped at iteration {state.iteration}, all saved; go on with: {self.resume_command}",
                 signum,
             )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where torch sees a GPU. Raises SetupError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise SetupError(f"--device {name}: torch {torch.__version__} sees no such GPU; use --device cpu")
-    choose_backend(device)
-    return device
 
 
 def plain_name(name: str) -> str:

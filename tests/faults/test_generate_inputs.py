@@ -181,7 +181,6 @@ def test_missing_weights_say_what_from_where_under_which_licence(d2, ball, tmp_p
         "stabilityai/sv3d",
         "Stability AI Community License",
         "hf download",
-        "tiny",
     ):
         assert words in line
     assert list(tmp_path.iterdir()) == []
