@@ -3,7 +3,7 @@
     python benchmarks/reconstruct.py DATASET [--seconds 30,60,120] [--size 128] [--device auto]
 
 DATASET holds transforms_train.json and transforms_test.json; each time budget is a training of its own, since the
-learning rate follows the budget.  Writes benchmarks/results/reconstruct_<name>_<size>.json.
+learning rate follows the budget.  Writes benchmarks/results/reconstruct_<name>_<size>[_cuda].json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main(dataset: Path, seconds: str = "30,60,120", size: int = 128, device: str
             "config": result["config"],
             "seconds": rows,
         }
-        fileio.write_json(RESULTS / f"reconstruct_{dataset.name}_{size}.json", record)
+        where = "" if machine.choose_device(device).type == "cpu" else "_cuda"
+        fileio.write_json(RESULTS / f"reconstruct_{dataset.name}_{size}{where}.json", record)
 
 
 if __name__ == "__main__":
