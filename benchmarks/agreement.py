@@ -60,15 +60,17 @@ def draw(gaussians: Gaussians4D, backend: BackendName, place: torch.device, size
     rig = camera.orbit(VIEWS, width=size, height=size)
     views = torch.from_numpy(rig.viewmats).to(place, dtype)
     Ks = torch.from_numpy(rig.K).to(place, dtype).expand(VIEWS, 3, 3)
-    arguments, motion = leaves.activated(torch.linspace(0, 1, VIEWS, device=place, dtype=dtype))
+    drawn, motion = leaves.activated(torch.linspace(0, 1, VIEWS, device=place, dtype=dtype))
     image, alpha, meta = rasterize(
-        **arguments, viewmats=views, Ks=Ks, width=size, height=size, sh_degree=gaussians.sh_degree, motion=motion,
+        drawn["means"], drawn["quats"], drawn["scales"], drawn["opacities"], drawn["colors"], views, Ks, size, size, sh_degree=gaussians.sh_degree, motion=motion,
         backgrounds=torch.full((VIEWS, 3), 0.3, device=place, dtype=dtype), backend=backend,
     )  # fmt: skip
     weights = torch.rand(image.shape, generator=torch.Generator().manual_seed(1)).to(place, dtype)
     ((image * weights).sum() + (alpha * weights[..., :1]).sum()).backward()
     found = {"image": image, "alpha": alpha, "gradient of means2d": image_plane_gradient(meta)}
-    found |= {f"gradient of {name}": tensor.grad for name, tensor in leaves.tensors().items()}
+    found |= {
+        f"gradient of {name}": tensor.grad for name, tensor in leaves.tensors().items() if tensor.grad is not None
+    }
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
 
