@@ -62,7 +62,8 @@ def draw(gaussians: Gaussians4D, backend: BackendName, place: torch.device, size
     Ks = torch.from_numpy(rig.K).to(place, dtype).expand(VIEWS, 3, 3)
     drawn, motion = leaves.activated(torch.linspace(0, 1, VIEWS, device=place, dtype=dtype))
     image, alpha, meta = rasterize(
-        drawn["means"], drawn["quats"], drawn["scales"], drawn["opacities"], drawn["colors"], views, Ks, size, size, sh_degree=gaussians.sh_degree, motion=motion,
+        drawn["means"], drawn["quats"], drawn["scales"], drawn["opacities"], drawn["colors"], views, Ks,
+        size, size, sh_degree=gaussians.sh_degree, motion=motion,
         backgrounds=torch.full((VIEWS, 3), 0.3, device=place, dtype=dtype), backend=backend,
     )  # fmt: skip
     weights = torch.rand(image.shape, generator=torch.Generator().manual_seed(1)).to(place, dtype)
