@@ -67,14 +67,14 @@ def test_the_two_unets_differ_in_one_tensor_only():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_full_size_files_are_checked_in_less_than_a_second(tmp_path, sparse, dtype):
+def test_full_size_files_are_checked_by_their_header(tmp_path, sparse, dtype):
     for spec, count, _ in OFFICIAL.values():
         file = sparse(tmp_path / spec.filename, spec, dtype)
         layout.cache_clear()
         leftovers.cache_clear()
         start = time.process_time()
         assert len(check(file, spec)) == count
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 5  # about half a second here; reading the tensors would take minutes
 
 
 def test_a_full_size_float_file_has_the_official_length(tmp_path, sparse):
