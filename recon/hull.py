@@ -9,12 +9,14 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from d2.errors import InputError
 from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.raster import sh
 
 GRID = 72  # voxels along a side of the box
 COARSE_GRID = 40
+MIN_DISTANCE = 0.1  # world, of the cameras from the object: the rasterizer's near plane is at 0.01
 MIN_VIEWS = 4  # of a moment, for its hull to mean anything
 ALPHA_INSIDE = 64  # of 255: a voxel belongs to the mask from here
 BACKGROUND_DIFFERENCE = 8  # of 255: more than noise or compression does to a plain background
@@ -26,7 +28,8 @@ def scene_box(dataset: Dataset) -> tuple[np.ndarray, float]:
     """Centre [3] and half side of a cube that holds what all cameras look at.
 
     The centre is the point nearest to all optical axes (least squares); the half side is what the
-    narrowest camera sees at that distance.
+    narrowest camera sees at that distance.  Raises InputError for cameras so close that the near plane cuts
+    into the object.
     """
     w2c = dataset.viewmats.double()
     centres = dataset.camera_centres().double()
@@ -36,6 +39,11 @@ def scene_box(dataset: Dataset) -> tuple[np.ndarray, float]:
     ridge = 1e-6 * len(dataset)  # parallel axes have no nearest point: stay near the cameras' mean
     centre = torch.linalg.solve(A + ridge * torch.eye(3, dtype=torch.float64), b + ridge * centres.mean(0))
     depth = ((centre - centres) * axes).sum(-1).abs()
+    if depth.median() < MIN_DISTANCE:
+        raise InputError(
+            f"the cameras are {float(depth.median()):.3g} units from what they look at, and nothing nearer than 0.01"
+            f" is drawn: multiply the positions of all transform_matrix so that they are at least {MIN_DISTANCE}"
+        )
     K = dataset.Ks.double()
     half_view = torch.minimum(dataset.width / 2 / K[:, 0, 0], dataset.height / 2 / K[:, 1, 1])
     return centre.numpy(), float((depth * half_view).median().clamp_min(1e-6))

@@ -11,7 +11,7 @@ from scenes import gaussians_4d
 
 from d2 import camera
 from d2.config import load
-from d2.errors import ConflictError, NumericalError, Stopped
+from d2.errors import ConflictError, InputError, NumericalError, Stopped
 from d2.recon import checkpoint, dataset, densify, hull, pipeline, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.gaussians import Gaussians4D
@@ -66,6 +66,15 @@ def test_scene_box_is_where_the_cameras_look(ball):
     centre, half = hull.scene_box(ball)
     assert np.abs(centre).max() < 1e-3
     assert half == pytest.approx(3.0 * np.tan(np.radians(33.8) / 2), rel=0.02)
+
+
+def test_cameras_within_reach_of_the_near_plane_are_refused(ball):
+    from dataclasses import replace
+
+    tiny = ball.viewmats.clone()
+    tiny[:, :3, 3] *= 0.01
+    with pytest.raises(InputError, match="nothing nearer than"):
+        hull.scene_box(replace(ball, viewmats=tiny))
 
 
 def test_hull_points_lie_in_every_mask_of_their_moment_and_have_its_colours(ball):
