@@ -101,7 +101,8 @@ def reconstruct(
         backend = choose_backend(place)
         observer.message(f"{len(data)} images, {data.width}×{data.height}")
         observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
-        result = _Job(run, target, settings, data, place, observer, should_stop, resume_command).fit()
+        job = _Job(run, target, settings, data, place, observer, should_stop, resume_command)
+        result = job.fit()
         if target != folder:
             run.drop_stage(stage)
             fileio.swap_folder(target, folder)
@@ -110,7 +111,7 @@ def reconstruct(
             "iterations": result.iteration,
             "gaussians": len(_best(result)),
             "config": configuration.digest(settings),
-            "dataset": {"name": path.resolve().name, "digest": data.digest()},
+            "dataset": {"name": path.resolve().name, "digest": job.input},
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
         run.commit_stage(stage, record)
