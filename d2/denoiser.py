@@ -58,10 +58,12 @@ class Estimate(NamedTuple):
 
 def scalings(
     sigma: Tensor,  # any shape, > 0
+    sigma_data: float = 1.0,  # the data's standard deviation; SVD's v-prediction is the case of 1
 ) -> Scalings:
-    """SVD's preconditioning: v-prediction (sigma_data = 1) with EDM's c_noise (Karras et al. 2022)."""
-    square = sigma**2 + 1
-    return Scalings(1 / square, -sigma / square.sqrt(), 1 / square.sqrt(), 0.25 * sigma.log())
+    """EDM's preconditioning (Karras et al. 2022, table 1), with v-prediction's sign of c_out."""
+    square = sigma**2 + sigma_data**2
+    c_skip, c_out, c_in = sigma_data**2 / square, -sigma * sigma_data / square.sqrt(), 1 / square.sqrt()
+    return Scalings(c_skip, c_out, c_in, 0.25 * sigma.log())
 
 
 class UNetDenoiser:
@@ -79,20 +81,72 @@ class UNetDenoiser:
         sigma: Tensor,  # [B]
         cond: Conditioning,
     ) -> Tensor:  # like x
-        T = x.shape[1]
-        c_skip, c_out, c_in, c_noise = scalings(sigma.repeat_interleave(T)[:, None, None, None])
-        tokens = cond.tokens or self.prepare(cond).tokens
-        assert tokens is not None
-        pictures = rearrange(x, "b t c h w -> (b t) c h w")
-        concat, vector = cond.concat.flatten(0, 1), cond.vector.flatten(0, 1)
-        inputs = torch.cat([(c_in * pictures).to(self.dtype), concat], dim=1)
-        output = self.unet(inputs, c_noise.flatten(), tokens, vector, T, self.blend)
-        return rearrange(c_skip * pictures + c_out * output.float(), "(b t) c h w -> b t c h w", t=T)
+        return self.estimate(x, sigma, cond if cond.tokens else self.prepare(cond))
 
     @torch.no_grad()
     def prepare(self, cond: Conditioning) -> Conditioning:
         """With what the network's cross-attention takes from the single CLIP token."""
+        return self.look(cond)
+
+    def look(self, cond: Conditioning) -> Conditioning:
+        """The same, for training too."""
         return cond.with_tokens(self.unet.project_context(cond.crossattn.flatten(0, 1), cond.crossattn.shape[1]))
+
+    def estimate(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: Tensor,  # [B]
+        cond: Conditioning,  # prepared
+    ) -> Tensor:  # like x
+        c_skip, c_out, c_in, c_noise = scalings(sigma[:, None, None, None, None])
+        return c_skip * x + c_out * self.network(c_in * x, c_noise, cond)
+
+    def network(
+        self,
+        x: Tensor,  # [B, T, C, h, w], scaled
+        c_noise: Tensor,  # [B, 1, 1, 1, 1]
+        cond: Conditioning,
+    ) -> Tensor:  # [B, T, out_channels, h, w], float32
+        T = x.shape[1]
+        assert cond.tokens is not None
+        inputs = torch.cat([x.to(self.dtype), cond.concat], dim=2).flatten(0, 1)
+        noise = c_noise.flatten().repeat_interleave(T)
+        output = self.unet(inputs, noise, cond.tokens, cond.vector.flatten(0, 1), T, self.blend)
+        return rearrange(output.float(), "(b t) c h w -> b t c h w", t=T)
+
+
+class GatedDenoiser(UNetDenoiser):
+    """EDM preconditioning around the reference, with a gate on the skip: what small networks learn fastest.
+
+    D = m + c_skip·(1 - G)·(x - m) + c_out·A, (A, G) = F(c_in·(x - m); c_noise).  m is the reference's latent
+    where a picture shows the reference's view (all frames of a row, the last view of a column), 0 elsewhere.
+    Half the network's channels are the gate, by which noise of many dimensions need not pass through its trunk.
+    """
+
+    def __init__(
+        self,
+        unet: VideoUNet,
+        sigma_data: float,
+        around: Literal["all", "last"],  # which of the T pictures show the reference's view
+        blend: Blend | None = None,
+    ) -> None:
+        super().__init__(unet, blend)
+        self.sigma_data = sigma_data
+        self.around = around
+
+    def estimate(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: Tensor,  # [B]
+        cond: Conditioning,  # prepared
+    ) -> Tensor:  # like x
+        c_skip, c_out, c_in, c_noise = scalings(sigma[:, None, None, None, None], self.sigma_data)
+        m = cond.concat.float()
+        if self.around == "last":
+            m = torch.cat([torch.zeros_like(m[:, :-1]), m[:, -1:]], dim=1)
+        rest = x - m
+        A, G = self.network(c_in * rest, c_noise, cond).chunk(2, dim=2)
+        return m + c_skip * (1 - G) * rest + c_out * A
 
 
 class AnalyticDenoiser:
@@ -125,6 +179,7 @@ class Lines:
     """A denoiser over all rows, or all columns, of the matrix, each with its guidance pair.
 
     `in_flight` lines go through one evaluation; 1 makes the result independent of how lines are shared out.
+    Where nothing is `guided` the unconditional half of each pair is left out.
     A denoiser whose columns look at each other (conv_blend) needs all of them in flight.
     """
 
@@ -134,12 +189,13 @@ class Lines:
         conditions: Sequence[Conditioning],  # one of B = 1 for each line
         axis: Literal["rows", "columns"],
         in_flight: int = 1,
+        guided: bool = True,
     ) -> None:
         self.denoiser = denoiser
         self.axis = axis
         self.in_flight = in_flight
         self.cond = [denoiser.prepare(c) for c in conditions]  # once for the run
-        self.uncond = [denoiser.prepare(c.unconditional()) for c in conditions]
+        self.uncond = [denoiser.prepare(c.unconditional()) for c in conditions] if guided else []
 
     def __call__(
         self,
@@ -165,6 +221,7 @@ class Lines:
     ) -> Estimate:  # each like lines
         """Estimates of some lines, by one evaluation on [unconditional ; conditional]."""
         both = join(self.uncond[chosen] + self.cond[chosen])
-        x = torch.cat([lines, lines]).to(both.concat.device)
+        x = (torch.cat([lines, lines]) if self.uncond else lines).to(both.concat.device)
         levels = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        return Estimate(*self.denoiser(x, levels, both).to(lines.device).chunk(2))
+        estimates = self.denoiser(x, levels, both).to(lines.device)
+        return Estimate(*estimates.chunk(2)) if self.uncond else Estimate(estimates, estimates)

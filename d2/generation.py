@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -331,7 +332,7 @@ def _is_finished(folder: Path) -> bool:
 def _space(settings: GenerateConfig) -> int:
     """Bytes of disk: every cell as PNG, references, and two states with their estimates while one replaces another."""
     cells = settings.views * settings.frames + 2 * (settings.views + settings.frames)
-    latent = 4 * (settings.size // settings.factor) ** 2 * 4
+    latent = 4 * math.prod(settings.latent)
     return cells * settings.size**2 * BYTES_A_PIXEL + 4 * settings.views * settings.frames * latent
 
 

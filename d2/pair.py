@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from d2 import fileio, machine
 from d2.config import config, option
-from d2.denoiser import Estimate, Lines, UNetDenoiser
+from d2.denoiser import Estimate, GatedDenoiser, Lines, UNetDenoiser
 from d2.errors import InputError, ResourceError, SetupError
 from d2.models import weights
 from d2.models.blocks import Blend
@@ -27,9 +29,11 @@ from d2.models.conditioner import (
     sv3d_vector,
     svd_vector,
 )
+from d2.models.patch import PatchConfig, PatchFirstStage
 from d2.models.unet import UNetConfig, VideoUNet
 from d2.models.vae import FirstStage, VAEConfig
 from d2.models.weights import SV3D, SVD, ModelSpec
+from d2.previews import LATENT_RGB
 
 Model = Literal["view", "frame"]
 AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
@@ -45,11 +49,16 @@ class PairConfig:
     frame_source: str = option(SVD.repository, "where its owner publishes it: a Hugging Face repository, or empty")
     licence: str = option(SVD.licence, "licence of both checkpoints")
 
-    unet_channels: int = option(320, "width of the UNet's first level", ge=32, le=4096, multiple_of=32)
+    unet_channels: int = option(320, "width of the UNet's first level", ge=8, le=4096, multiple_of=8)
     unet_mult: tuple[int, ...] = option((1, 2, 4, 4), "width of every level, times the first's", strict=False)
     unet_blocks: int = option(2, "residual blocks a level", ge=1, le=16)
     unet_attention: tuple[int, ...] = option((1, 2, 4), "down-sampling factors with attention", strict=False)
     unet_head: int = option(64, "channels of an attention head", ge=1, le=1024)
+    unet_groups: int = option(32, "groups of the UNet's norms", ge=1, le=1024)
+    preconditioning: Literal["edm", "gated"] = option(
+        "edm", "what surrounds the UNet: EDM's scalings, or the same around the reference with a gate on the skip"
+    )
+    sigma_data: float = option(1.0, "standard deviation of latents that the gated kind counts on", gt=0, le=100)
     embedding: int = option(256, "channels that stand for one number of the conditioning", ge=2, le=4096)
     clip_size: int = option(224, "side of CLIP's picture in pixels", ge=8, le=1024)
     clip_patch: int = option(14, "side of CLIP's patches in pixels", ge=1, le=128)
@@ -57,24 +66,32 @@ class PairConfig:
     clip_layers: int = option(32, "blocks of CLIP", ge=1, le=256)
     clip_heads: int = option(16, "attention heads of CLIP", ge=1, le=256)
     clip_output: int = option(1024, "length of CLIP's embedding, the UNet's context", ge=1, le=8192)
-    vae_channels: int = option(128, "width of the autoencoder's first level", ge=32, le=4096, multiple_of=32)
+    autoencoder: Literal["kl", "patch"] = option(
+        "kl", "Stable Diffusion's, or principal components of patches with a small decoder"
+    )
+    patch: int = option(4, "side of a patch in pixels", ge=1, le=32)
+    latent_channels: int = option(4, "channels of a latent", ge=1, le=1024)
+    vae_channels: int = option(128, "width of the autoencoder's first level", ge=8, le=4096, multiple_of=8)
     vae_mult: tuple[int, ...] = option((1, 2, 4, 4), "width of every level, times the first's", strict=False)
     vae_blocks: int = option(2, "residual blocks a level of the autoencoder", ge=1, le=16)
 
     @property
     def multiple(self) -> int:
         """Pixels: the side of a picture is a multiple of it."""
-        return 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
+        return self.factor * 2 ** (len(self.unet_mult) - 1)
 
     @property
     def factor(self) -> int:
         """Pixels of a picture to a pixel of its latent."""
-        return 2 ** (len(self.vae_mult) - 1)
+        return self.patch if self.autoencoder == "patch" else 2 ** (len(self.vae_mult) - 1)
 
     def spec(self, model: Model) -> ModelSpec:
         """The layout of one checkpoint."""
         view = model == "view"
         unet = UNetConfig(
+            in_channels=2 * self.latent_channels,
+            out_channels=self.latent_channels * (2 if self.preconditioning == "gated" else 1),
+            norm_groups=self.unet_groups,
             model_channels=self.unet_channels,
             channel_mult=self.unet_mult,
             num_res_blocks=self.unet_blocks,
@@ -91,9 +108,15 @@ class PairConfig:
             not view,
             self.view_source if view else self.frame_source,
             ViTConfig(*clip, output_dim=self.clip_output),
-            vae=VAEConfig(ch=self.vae_channels, ch_mult=self.vae_mult, num_res_blocks=self.vae_blocks),
+            vae=self._autoencoder(),
             licence=self.licence,
         )
+
+    def _autoencoder(self) -> VAEConfig | PatchConfig:
+        z, width, blocks = self.latent_channels, self.vae_channels, self.vae_blocks
+        if self.autoencoder == "patch":
+            return PatchConfig(self.patch, z, width, blocks)
+        return VAEConfig(width, self.vae_mult, blocks, z_channels=z)
 
 
 def load_models(
@@ -202,7 +225,12 @@ class Pair:
         return svd_vector(fps_id, motion, cond_aug, F, self.settings.embedding)
 
     def lines(
-        self, model: Model, conditions: list[Conditioning], in_flight: int = 1, blend: Blend | None = None
+        self,
+        model: Model,
+        conditions: list[Conditioning],
+        in_flight: int = 1,
+        blend: Blend | None = None,
+        guided: bool = True,  # False where the unconditional estimate is not used
     ) -> Callable[[Tensor, float], Estimate]:
         """The denoiser of all columns or all rows, for sampler.sample_matrix.
 
@@ -212,7 +240,7 @@ class Pair:
         if model not in self.unets:
             self.unets[model] = cast(VideoUNet, self._load(model, "unet", self.dtype))
         unet = self.unets[model].to(self.device)
-        lines = Lines(UNetDenoiser(unet, blend), conditions, AXES[model], in_flight)
+        lines = Lines(precondition(self.settings, model, unet, blend), conditions, AXES[model], in_flight, guided)
         if self.offload:
             unet.to("cpu")
 
@@ -243,7 +271,15 @@ class Pair:
 
     def first_stage(self, model: Model) -> Stage:
         """The autoencoder that a model's latents are drawn with, and for the frame model encoded with."""
-        return Stage(cast(FirstStage, self._load(model, "first_stage")), self.device)
+        return Stage(cast(FirstStage | PatchFirstStage, self._load(model, "first_stage")), self.device)
+
+    @functools.cache  # noqa: B019 (a pair lives as long as its run)
+    def colours(self) -> tuple[np.ndarray, float]:  # [C, 3] in -1..1
+        """Colour of each latent channel and of latent 0, for previews without a decoder."""
+        if self.settings.autoencoder == "kl":
+            return LATENT_RGB, 0.0
+        stage = cast(PatchFirstStage, self._load("frame", "first_stage"))
+        return stage.decoder.expand.weight.mean((2, 3)).cpu().numpy(), 1.0
 
     def _load(self, model: Model, part: weights.Part, dtype: torch.dtype = torch.float32) -> Any:
         return weights.load(self.paths[model], self.specs[model], part, dtype, self.device)
@@ -252,7 +288,7 @@ class Pair:
 class Stage:
     """An autoencoder in float32; latents and pictures come and go on the CPU."""
 
-    def __init__(self, module: FirstStage, device: torch.device) -> None:
+    def __init__(self, module: FirstStage | PatchFirstStage, device: torch.device) -> None:
         self.module, self.device = module, device
 
     @torch.no_grad()
@@ -277,6 +313,13 @@ class Stage:
             for number, picture in enumerate(pictures)
         ]
         return torch.cat(encoded).cpu()
+
+
+def precondition(settings: PairConfig, model: Model, unet: VideoUNet, blend: Blend | None = None) -> UNetDenoiser:
+    """The network as a denoiser of the kind that it was trained as."""
+    if settings.preconditioning == "gated":
+        return GatedDenoiser(unet, settings.sigma_data, "last" if model == "view" else "all", blend)
+    return UNetDenoiser(unet, blend)
 
 
 def model_angles(V: int) -> Tensor:  # [V] rad

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from d2.denoiser import Estimate
 from d2.errors import InputError, NumericalError, Stopped
 from d2.matrix import cell_path
 from d2.noise import cell_noise, matrix_noise, starting_point
-from d2.pair import Model, Pair, model_angles
+from d2.pair import AXES, Model, Pair, model_angles
 from d2.preprocess import on_white, to_tensor
 from d2.run import Run
 from d2.sampler import MatrixDenoiser, Plan, State, alone, anchor, blend, plan, refine, sample_matrix
@@ -32,7 +32,6 @@ REFERENCE_VIEWS = "generate/reference_views"
 KEPT = "generate/kept"  # cells of the matrix that --cells samples parts of again
 STATE = "generate/state.safetensors"
 LIVE_PREVIEW = "generate/preview.png"
-CHANNELS = 4  # of a latent
 
 
 class Observer:
@@ -79,8 +78,8 @@ class Job:
         use = [needed(worked_out.weights(step), c.uc_type) for step in range(c.steps)]
         known = self._known_latents() if self.redo else None
         around = self._view_latents(views) if c.noise_from_mv else torch.empty(0)
-        columns = self._lines("view", video, "columns", known) if any(view for view, _ in use) else None
-        rows = self._lines("frame", views, "rows", known) if any(frame for _, frame in use) else None
+        columns = self._lines("view", video, worked_out, known) if any(view for view, _ in use) else None
+        rows = self._lines("frame", views, worked_out, known) if any(frame for _, frame in use) else None
 
         def start(noise: Tensor) -> Tensor:
             if self.redo and known is not None:
@@ -135,7 +134,7 @@ class Job:
         worked_out = plan(alone(c, model), model_angles(c.views) if view else torch.zeros(1), 1 if view else c.frames)
         phase = "views" if view else "video"
         saved = self._saved(phase, self.basis)
-        line = self.pair.lines(model, self._conditions(model, [picture], phase))
+        line = self.pair.lines(model, self._conditions(model, [picture], phase), guided=worked_out.guided(model))
         models = (line, None) if view else (None, line)
         sigma = float(worked_out.sigmas[0])
 
@@ -149,10 +148,10 @@ class Job:
         self,
         model: Model,
         references: list[Path],
-        axis: Literal["rows", "columns"],
+        worked_out: Plan,
         known: Tensor | None,  # [V, F, C, h, w], what --cells keeps
     ) -> MatrixDenoiser:
-        c = self.settings
+        c, axis = self.settings, AXES[model]
         together = blend(c, c.frames) if model == "view" else None
         # Columns that look at each other are denoised all, even where only some are wanted.
         lines = self.redo.along(axis) if self.redo and together is None else None
@@ -160,7 +159,7 @@ class Job:
         conditions = self._conditions(model, pictures, axis)
         in_flight = c.rows_in_flight if model == "frame" else c.frames if together else c.columns_in_flight
         chosen = conditions if lines is None else [conditions[line] for line in lines]
-        denoise = self.pair.lines(model, chosen, in_flight, together)
+        denoise = self.pair.lines(model, chosen, in_flight, together, worked_out.guided(model))
         if self.redo is None or known is None:
             return denoise
         return cells.keeping(denoise, known, self.redo.mask(c.views, c.frames), axis, lines)
@@ -185,15 +184,14 @@ class Job:
         c = self.settings
         pictures = torch.stack([to_tensor(read_picture(path, c.size)) for path in views])
         stage = self.pair.first_stage("frame")
-        shape = CHANNELS, c.size // c.factor, c.size // c.factor
-        return stage.encode(pictures, lambda v: cell_noise(c.seed, "encode", 0, (v,), shape))
+        return stage.encode(pictures, lambda v: cell_noise(c.seed, "encode", 0, (v,), c.latent))
 
     def _known_latents(self) -> Tensor:  # [V, F, C, h, w]
         """The finished matrix, encoded."""
         c = self.settings
         self.observer.message("Encoding the cells that are kept")
         stage = self.pair.first_stage("frame")
-        nothing = torch.zeros(CHANNELS, c.size // c.factor, c.size // c.factor)
+        nothing = torch.zeros(c.latent)
         rows = []
         for v in range(c.views):
             paths = [self.run.folder / KEPT / cell_path(v, f) for f in range(c.frames)]
@@ -212,8 +210,8 @@ class Job:
         basis: str,
         begin: Callable[[Tensor], Tensor],  # N(0, 1) -> x at the first noise level, both [V, F, C, h, w]
     ) -> Tensor:  # [V, F, C, h, w]
-        seed, side = self.settings.seed, self.settings.size // self.settings.factor
-        shape = len(worked_out.share), len(worked_out.frame_guidance), (CHANNELS, side, side)
+        seed, latent = self.settings.seed, self.settings.latent
+        shape = len(worked_out.share), len(worked_out.frame_guidance), latent
         sigma = float(worked_out.sigmas[0])
         count = iter(range(iterations))
 
@@ -226,7 +224,7 @@ class Job:
             renoise = f"{phase}/renoise/{iteration}"
             return loop.run(columns, rows, lambda step: matrix_noise(seed, renoise, step, *shape))
 
-        mask = worked_out.low_pass(side, side) if iterations > 1 else torch.empty(0)
+        mask = worked_out.low_pass(*latent[1:]) if iterations > 1 else torch.empty(0)
         start = f"{phase}/start"
         return refine(sample, lambda iteration: matrix_noise(seed, start, iteration, *shape), iterations, sigma, mask)
 
@@ -307,7 +305,9 @@ class _Loop:
             self.job.observer.message(f"Warning: memory ran out; going on with {fewer} in flight")
         whole = state.again == 0
         if whole and self.phase == "matrix" and self.estimate is not None and state.step % c.preview_every == 0:
-            images.write_png(self.job.run.folder / LIVE_PREVIEW, previews.latent_sheet(self.estimate))
+            images.write_png(
+                self.job.run.folder / LIVE_PREVIEW, previews.latent_sheet(self.estimate, *self.job.pair.colours())
+            )
         stopping = bool(self.job.should_stop())
         if stopping or (whole and (state.step % c.save_every == 0 or state.step == steps)):
             self._save()

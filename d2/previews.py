@@ -17,8 +17,8 @@ SHEET_CELL = 96  # pixels, side of a picture of the contact sheet
 VIDEO_CELL = 192  # pixels, side of a view in the preview video
 LATENT_CELL = 36  # pixels, side of a cell of the preview while sampling
 
-# Colours of Stable Diffusion's four latent channels, red green blue each: what a linear fit to decoded
-# pictures gives.  Good enough to see what is going on.
+# Colours of Stable Diffusion's four latent channels, red green blue each, in -1..1: what a linear fit to
+# decoded pictures gives.  Good enough to see what is going on.
 LATENT_RGB = np.array([[0.298, 0.207, 0.208], [0.187, 0.286, 0.173], [-0.158, 0.189, 0.264], [-0.184, -0.271, -0.473]])
 
 WHITE = 240, 253  # darkest and brightest level from which on a pixel may be background
@@ -67,12 +67,14 @@ def tiled(
 
 
 def latent_sheet(
-    latents: Tensor,  # [V, F, 4, h, w], as sampled
+    latents: Tensor,  # [V, F, C, h, w], as sampled
+    colours: np.ndarray = LATENT_RGB,  # [C, 3] of each channel, in -1..1
+    origin: float = 0.0,  # the colour of latent 0, in -1..1
 ) -> np.ndarray:  # [V h', F w', 3] uint8
     """The matrix as it stands, without a decoder."""
     stride = max(1, latents.shape[-1] // LATENT_CELL)
     small = latents[..., ::stride, ::stride].float().cpu().numpy()
-    return tiled(images.to_uint8((np.einsum("vfchw,cr->vfhwr", small, LATENT_RGB) + 1) / 2))
+    return tiled(images.to_uint8((np.einsum("vfchw,cr->vfhwr", small, colours) + origin + 1) / 2))
 
 
 def alpha_from_white(

@@ -96,6 +96,11 @@ class Plan(NamedTuple):
         c = self.config
         return warmed_up(self.frame_guidance, step, c.steps) if c.svd_cfg_warmup else self.frame_guidance
 
+    def guided(self, model: Literal["view", "frame"]) -> bool:
+        """Whether a model's unconditional estimate is used at all; at a guidance of 1 it drops out."""
+        guidance = self.view_guidance if model == "view" else self.frame_guidance
+        return self.config.uc_type != "default" or bool((guidance != 1).any())
+
     def passes(self, step: int) -> int:
         """How often a step is taken."""
         return 2 if self.config.vrs != "off" and step < self.config.vrs_steps else 1

@@ -60,6 +60,12 @@ class GenerateConfig(SamplerConfig, PairConfig):
     preview_fps: float = option(6.0, "frames a second of preview.mp4", gt=0, le=1000)
 
     @property
+    def latent(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        side = self.size // self.factor
+        return self.latent_channels, side, side
+
+    @property
     def rig(self) -> camera.Rig:
         """The cameras. Raises InputError for another number of elevations than views."""
         rig = camera.orbit(

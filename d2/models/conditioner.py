@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from d2.models.blocks import sinusoid
 from d2.models.clip import OpenCLIP, ViTConfig
+from d2.models.patch import PatchConfig, PatchEncoder
 from d2.models.unet import ContextTokens
 from d2.models.vae import KLAutoencoder, VAEConfig
 
@@ -67,20 +68,23 @@ def join_tokens(parts: list[ContextTokens]) -> ContextTokens:
 class Conditioner(nn.Module):
     """The two networks that look at the reference picture, under the checkpoint's names."""
 
-    def __init__(self, slots: tuple[str, ...], clip: ViTConfig, vae: VAEConfig, decoder: bool = False) -> None:
+    def __init__(
+        self, slots: tuple[str, ...], clip: ViTConfig, vae: VAEConfig | PatchConfig, decoder: bool = False
+    ) -> None:
         super().__init__()
         self.slots = slots
         self.embedders = nn.ModuleList(nn.Module() for _ in slots)
         self.embedders[slots.index("image")].add_module("open_clip", nn.ModuleDict({"model": OpenCLIP(clip)}))
-        self.embedders[slots.index("latent")].add_module("encoder", KLAutoencoder(vae, decoder))
+        encoder = PatchEncoder(vae) if isinstance(vae, PatchConfig) else KLAutoencoder(vae, decoder)
+        self.embedders[slots.index("latent")].add_module("encoder", encoder)
 
     @property
     def clip(self) -> OpenCLIP:
         return cast(OpenCLIP, self.get_submodule(f"embedders.{self.slots.index('image')}.open_clip.model"))
 
     @property
-    def vae(self) -> KLAutoencoder:
-        return cast(KLAutoencoder, self.get_submodule(f"embedders.{self.slots.index('latent')}.encoder"))
+    def vae(self) -> KLAutoencoder | PatchEncoder:
+        return cast(KLAutoencoder | PatchEncoder, self.get_submodule(f"embedders.{self.slots.index('latent')}.encoder"))
 
     def forward(
         self,
@@ -89,7 +93,7 @@ class Conditioner(nn.Module):
         cond_aug: float,  # standard deviation of the noise added to the picture before the VAE
     ) -> tuple[Tensor, Tensor]:  # [B, D], [B, C, h, w]
         """The token of the clean picture and the latent of the noisy one."""
-        noisy = (image + cond_aug * noise).to(self.vae.quant_conv.weight.dtype)
+        noisy = (image + cond_aug * noise).to(self.vae.dtype)
         return self.clip(image), self.vae.mode(noisy)
 
 

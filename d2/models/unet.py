@@ -40,6 +40,7 @@ class UNetConfig:
     context_dim: int = 1024
     adm_in_channels: int = 768
     video_kernel_size: tuple[int, int, int] = (3, 1, 1)
+    norm_groups: int = GROUPS
 
 
 SVD_XT = UNetConfig()
@@ -70,9 +71,9 @@ class VideoUNet(nn.Module):
                 skips.append(channels)
 
         self.middle_block = Stage(
-            VideoResBlock(channels, channels, emb, config.video_kernel_size),
+            VideoResBlock(channels, channels, emb, config.video_kernel_size, config.norm_groups),
             VideoTransformer(channels, config),
-            VideoResBlock(channels, channels, emb, config.video_kernel_size),
+            VideoResBlock(channels, channels, emb, config.video_kernel_size, config.norm_groups),
         )
 
         self.output_blocks = nn.ModuleList()
@@ -85,12 +86,15 @@ class VideoUNet(nn.Module):
                 self.output_blocks.append(stage)
 
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
+            nn.GroupNorm(config.norm_groups, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, config.out_channels, 3, padding=1),
         )
 
     def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
         config = self.config
-        stage = Stage(VideoResBlock(channels, out_channels, 4 * config.model_channels, config.video_kernel_size))
+        emb, kernel = 4 * config.model_channels, config.video_kernel_size
+        stage = Stage(VideoResBlock(channels, out_channels, emb, kernel, config.norm_groups))
         if 2**level in config.attention_resolutions:
             stage.append(VideoTransformer(out_channels, config))
         return stage
@@ -151,7 +155,7 @@ class VideoTransformer(nn.Module):
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
         args = channels, config.context_dim, config.num_head_channels
-        self.norm = nn.GroupNorm(GROUPS, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(*args) for _ in range(config.transformer_depth))
         self.proj_out = nn.Linear(channels, channels)

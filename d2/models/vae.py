@@ -52,6 +52,10 @@ class KLAutoencoder(nn.Module):
             self.decoder = Decoder(config)
             self.post_quant_conv = nn.Conv2d(z, z, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
     def mode(
         self,
         x: Tensor,  # [B, 3, H, W] in -1..1

@@ -22,6 +22,7 @@ from d2.errors import SetupError
 from d2.fileio import MB, quoted
 from d2.models.clip import ViTConfig
 from d2.models.conditioner import SV3D_SLOTS, SVD_SLOTS, Conditioner
+from d2.models.patch import PatchConfig, PatchFirstStage
 from d2.models.unet import SV3D_P, SVD_XT, UNetConfig, VideoUNet
 from d2.models.vae import FirstStage, KLAutoencoder, VAEConfig
 
@@ -47,7 +48,7 @@ class ModelSpec:
     repository: str  # on Hugging Face; empty where nobody publishes it
     clip: ViTConfig = field(default_factory=ViTConfig)
     clip_text: tuple[int, int, int] = (1024, 77, 49408)  # width, positions, vocabulary of CLIP's other half
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig | PatchConfig = field(default_factory=VAEConfig)
     licence: str = "Stability AI Community License"
 
     @property
@@ -132,6 +133,8 @@ def build(spec: ModelSpec, part: Part) -> nn.Module:
         return VideoUNet(spec.unet)
     if part == "conditioner":
         return Conditioner(spec.slots, spec.clip, spec.vae)
+    if isinstance(spec.vae, PatchConfig):
+        return PatchFirstStage(spec.vae)
     return FirstStage(spec.vae, spec.video_decoder)
 
 
@@ -146,6 +149,8 @@ def layout(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 @functools.cache
 def leftovers(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what else the files hold: CLIP's text half, the decoder of the conditioner's VAE."""
+    if isinstance(spec.vae, PatchConfig):
+        return {}
     clip = f"conditioner.embedders.{spec.slots.index('image')}.open_clip.model."
     vae = f"conditioner.embedders.{spec.slots.index('latent')}.encoder."
     width, positions, vocabulary = spec.clip_text
