@@ -23,10 +23,12 @@ LAYERS = [
     ["config", "images", "camera", "machine", "noise", "schedule", "models", "toyrender"],
     ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser"],
     ["run", "compose", "pair"],
-    ["sampler", "toybox"],
+    ["sampler"],
+    ["toybox"],
     ["cells", "settings", "snapshot"],
-    ["phases", "train"],
-    ["generation"],
+    ["phases", "sequences"],
+    ["publish"],
+    ["generation", "train"],
     ["sweep"],
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
