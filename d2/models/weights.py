@@ -7,6 +7,7 @@ checked by its header alone, in well under a second; then tensors are read one b
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import json
 import math
 import os
@@ -71,10 +72,16 @@ class Entry:
 
 
 def find(spec: ModelSpec, folder: str | Path | None = None) -> Path:
-    """The path of a checkpoint in `folder`, $D2_WEIGHTS or checkpoints/; raises SetupError without it."""
+    """The path of a checkpoint in `folder`, $D2_WEIGHTS or checkpoints/, or of one that comes with d2.
+
+    Raises SetupError without it, and for one that is not in the `folder` asked for.
+    """
     path = Path(folder or os.environ.get("D2_WEIGHTS") or "checkpoints") / spec.filename
     if path.exists():
         return path
+    shipped = Path(str(importlib.resources.files("d2.configs"))) / spec.filename
+    if folder is None and not spec.repository and shipped.exists():
+        return shipped
     if not spec.repository:
         raise SetupError(f"{quoted(path)} does not exist; say where {spec.filename} lies with --weights DIR")
     raise SetupError(

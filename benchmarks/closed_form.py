@@ -1,6 +1,6 @@
 """Compares samplers and schedules of the joint loop where the composed distribution is known exactly.
 
-    python benchmarks/composition.py [--out benchmarks/results/composition.json]
+    python benchmarks/closed_form.py [--out benchmarks/results/closed_form.json]
 
 Columns have the prior N(0, A), rows N(0, B), both from smooth kernels; with the weight w of the frame model
 in every view, the composed distribution is N(0, A^(1-w) ⊗ B^w).  The sampler is linear here, so it runs on
