@@ -112,7 +112,8 @@ def train(
 
     The folder holds the autoencoder (train_vae), the training's state, the checkpoint and a log of PSNR at fixed
     noise levels on `held_out`.  Raises SetupError without the autoencoder, InputError for a state of other
-    networks, NumericalError when the loss is not finite, Stopped when asked to stop; all of these after saving.
+    networks, NumericalError when the loss is not finite (the last saved state stays), Stopped, with everything
+    saved, when asked to stop.
     """
     observer = observer or Observer()
     first_stage = load_vae(settings, folder)
