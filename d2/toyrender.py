@@ -49,6 +49,7 @@ def draw(
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _draw(kinds, bones, centres, halves, patterns, extents, inks, turns, origins, viewmats, focal, samples, pictures):
+    """`draw` without names; first what every ray sees, then its colour, so that hidden solids cost no shading."""
     rays = pictures.shape[2] * samples
     P = len(kinds)
     depth = np.empty((rays, rays), np.float32)
@@ -167,9 +168,7 @@ def _inverse(x):
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _shade(
-    kinds, bones, halves, patterns, extents, inks, turns, axes, eye, focal, samples, depth, seen, picture
-):  # fmt: skip
+def _shade(kinds, bones, halves, patterns, extents, inks, turns, axes, eye, focal, samples, depth, seen, picture):
     """Colours every ray by what it met and averages the rays of a pixel on white."""
     size = picture.shape[1]
     step, middle, share = 1 / focal, 0.5 * size * samples - 0.5, 1 / (samples * samples)

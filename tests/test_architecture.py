@@ -21,7 +21,7 @@ LAYERS = [
     ["errors"],
     ["fileio"],
     ["config", "images", "camera", "machine", "noise", "schedule", "models", "toyrender"],
-    ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser"],
+    ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser", "toys"],
     ["run", "compose", "pair"],
     ["sampler"],
     ["toybox"],
