@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 
-from d2.denoiser import AnalyticDenoiser, Estimate, Lines, UNetDenoiser, scalings
+from d2.denoiser import AnalyticDenoiser, Estimate, GatedDenoiser, Lines, UNetDenoiser, scalings
 from d2.models.blocks import Blend
 from d2.models.conditioner import Conditioning
 from d2.models.unet import UNetConfig, VideoUNet
@@ -154,3 +156,30 @@ def test_the_analytic_denoiser_is_the_posterior_mean():
     slow = mean + torch.einsum("ij, bjchw -> bichw", gain, x - mean)
     ours = AnalyticDenoiser(covariance)(x, torch.tensor([sigma]), cond)
     torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("around", ["all", "last"])
+def test_a_gated_denoiser_equals_the_formula_written_out(around):
+    torch.manual_seed(0)
+    unet = VideoUNet(dataclasses.replace(TINY, out_channels=8)).eval().requires_grad_(False)
+    x, sigma, cond, sd = torch.randn(1, 3, 4, 4, 4), torch.tensor([0.8]), condition(3), 0.6
+    ours = GatedDenoiser(unet, sd, around)(x, sigma, cond)[0]
+    m = cond.concat[0].clone()
+    if around == "last":
+        m[:2] = 0
+    rest, total = x[0] - m, 0.8**2 + sd**2
+    inputs = torch.cat([rest / total**0.5, cond.concat[0]], dim=1)
+    tokens = unet.project_context(cond.crossattn[0], 3)
+    A, G = unet(inputs, (sigma.log() / 4).repeat(3), tokens, cond.vector[0], 3).chunk(2, dim=1)
+    expected = m + sd**2 / total * (1 - G) * rest - 0.8 * sd / total**0.5 * A
+    torch.testing.assert_close(ours, expected)
+
+
+def test_without_guidance_the_unconditional_half_is_left_out_and_nothing_else_changes(unet):
+    x, conditions = torch.randn(2, 3, 4, 4, 4), [condition(3, seed=s) for s in range(2)]
+    pairs = Lines(UNetDenoiser(unet), conditions, "rows", in_flight=1)(x, 2.0)
+    spy = Spy()
+    alone = Lines(UNetDenoiser(unet), conditions, "rows", in_flight=1, guided=False)(x, 2.0)
+    torch.testing.assert_close(alone.guided(torch.tensor(1.0)), pairs.guided(torch.tensor(1.0)))
+    Lines(spy, conditions, "rows", in_flight=2, guided=False)(x, 2.0)
+    assert spy.calls[0][0].shape[0] == 2

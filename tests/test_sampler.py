@@ -373,3 +373,14 @@ def test_a_larger_configuration_may_hold_the_samplers():
     whole = load(Whole, {"steps": 7, "seed": 1})
     assert plan(whole, torch.zeros(V), F).config.steps == 7
     assert alone(whole, "frame").svd_only_from == -1
+
+
+@pytest.mark.parametrize(("sets", "view", "frame"), [
+    ({}, True, True),
+    ({"view_guidance_min": 1.0, "view_guidance_max": 1.0}, False, True),
+    ({"frame_guidance_min": 1.0, "frame_guidance_max": 1.0}, True, False),
+    ({"frame_guidance_min": 1.0, "frame_guidance_max": 1.0, "uc_type": "mean"}, True, True),
+])  # fmt: skip
+def test_a_model_is_guided_unless_its_unconditional_estimate_drops_out(sets, view, frame):
+    worked_out = plan(SamplerConfig(**sets), torch.linspace(0, 6, 4), 3)
+    assert (worked_out.guided("view"), worked_out.guided("frame")) == (view, frame)

@@ -197,7 +197,7 @@ def test_a_users_runs_are_data_too(tmp_path, folder):
         assert training.train("view", settings("steps=2"), data, data, folder).is_file()
     with pytest.raises(InputError, match="expected"):
         sequences.Runs(settings("frames=5"), tmp_path / "runs")
-    with pytest.raises(InputError, match="no run.json"):
+    with pytest.raises(InputError, match="holds no run"):
         sequences.Runs(c, folder / "nothing")
 
 
