@@ -163,7 +163,8 @@ def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Mode
         except SetupError as error:
             missing.append(str(error))
     if missing:
-        raise SetupError(" -- and ".join(missing))
+        hint = " -- or try the small models that come with d2: --preset tiny" if specs["view"].repository else ""
+        raise SetupError(" -- and ".join(missing) + hint)
     return paths
 
 

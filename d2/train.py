@@ -231,7 +231,7 @@ def _begin(
     networks.conditioner.vae.load_state_dict(first_stage.encoder.state_dict())
     networks.to(device)
     trained = [p for p in networks.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay)
+    adam = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True)
     state = State(networks, copy.deepcopy(networks).eval().requires_grad_(False), adam)
     place = folder / f"{settings.spec(model).name}.train.safetensors"
     return _load(place, state, device) if place.exists() else state
