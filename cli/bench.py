@@ -39,3 +39,33 @@ def reconstruct(
         return
     for key, value in result.items():
         typer.echo(f"{key:>16}  {value}")
+
+
+@app.command()
+def composition(
+    toys: int = typer.Option(32, min=1, max=100_000, help="Toys of the test split."),
+    few: int = typer.Option(8, min=1, help="How many of them go through every mode, schedule and control."),
+    preset: str = typer.Option("tiny", help="Preset of d2 generate, or a YAML file of fields."),
+    weights: Path | None = typer.Option(
+        None, help="Folder of the pair's checkpoints; default: those that come with d2."
+    ),
+    set: list[str] = typer.Option([], "--set", help="field=value of d2 generate; repeatable."),
+    work: Path | None = typer.Option(
+        None, help="Folder where the samples stay; a repeated command goes on from there."
+    ),
+    processes: int = typer.Option(2, min=1, max=256, help="Toys at a time, one thread each."),
+    quiet: bool = typer.Option(False, help="No progress."),
+    json: bool = typer.Option(False, help="One JSON object on stdout."),
+) -> None:
+    """Compare composed samples with single models' on toys whose every view is known."""
+    from d2.cli import report
+    from d2.recon import composition as measured
+
+    with report.observer(quiet) as observer:
+        result = measured.composition(toys, few, preset, weights, tuple(set), work, processes, observer)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(result))
+        return
+    typer.echo(measured.as_text(result))
