@@ -1,6 +1,6 @@
 """Draws tests/data/toy.png: a toy of the test split, seen from the front, for the demo and the tests.
 
-    python benchmarks/make_toy.py [--index 29] [--out tests/data/toy.png]
+python benchmarks/make_toy.py [--index 29] [--out tests/data/toy.png]
 """
 
 from __future__ import annotations
