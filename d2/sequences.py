@@ -46,7 +46,8 @@ class Toys:
     """An endless stream of toys: no two batches of the training split are alike."""
 
     def __init__(self, settings: GenerateConfig, split: toybox.Split) -> None:
-        self.settings, self.split = settings, split
+        self.settings = settings
+        self.split: toybox.Split = split
 
     def batch(self, model: Model, seed: Sequence[int], size: int) -> Batch:
         """`size` columns or rows, each of a toy of its own."""

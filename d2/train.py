@@ -69,7 +69,8 @@ class Networks(nn.Module):
         self.unet = VideoUNet(spec.unet)
         self.conditioner = Conditioner(spec.slots, spec.clip, spec.vae)
         self.conditioner.vae.requires_grad_(False)
-        self.settings, self.model = settings, model
+        self.settings = settings
+        self.model: Model = model
 
     @property
     def denoiser(self) -> UNetDenoiser:
@@ -247,8 +248,8 @@ def initialise(networks: Networks, seed: int) -> None:
             for parameter in (module.class_embedding, module.positional_embedding):
                 nn.init.normal_(parameter, std=0.02)
             nn.init.normal_(module.proj, std=module.config.width**-0.5)
-        if hasattr(module, "in_proj_weight"):
-            nn.init.xavier_uniform_(module.in_proj_weight)
+        if isinstance(weight := getattr(module, "in_proj_weight", None), nn.Parameter):
+            nn.init.xavier_uniform_(weight)
     last = [networks.unet.out[-1]]
     last += [module.out_layers[-1] for module in networks.unet.modules() if isinstance(module, ResBlock)]
     last += [module.proj_out for module in networks.unet.modules() if isinstance(module, VideoTransformer)]
