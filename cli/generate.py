@@ -10,11 +10,13 @@ import typer
 from d2.errors import UsageError
 
 if TYPE_CHECKING:
+    from d2.asset import Asset
     from d2.generation import Generation
 
-SOURCE = typer.Argument(help="An image, a folder of frames, a video or a GIF.")
+SOURCE = typer.Argument(None, help="An image, a folder of frames, a video or a GIF.", show_default=False)
+ASSET = typer.Option(None, help="Instead: a mesh (glb, obj, ply, stl...) or a 3D Gaussian PLY, drawn from every view.")
 OUT = typer.Option(None, help="Run folder to write; default: runs/<name of the input>.")
-PRESET = typer.Option("full", help="full, fast, low-vram, or a YAML file of fields.")
+PRESET = typer.Option("full", help="full, fast, low-vram, tiny (comes with d2), or a YAML file of fields.")
 WEIGHTS = typer.Option(
     None, help="Folder with svd_xt.safetensors and sv3d_p.safetensors; default: $D2_WEIGHTS or checkpoints/."
 )
@@ -31,7 +33,8 @@ REMOVE = typer.Option(True, "--remove-bg/--no-remove-bg", help="Remove the backg
 
 
 def generate(
-    source: Path = SOURCE,
+    source: Path | None = SOURCE,
+    asset: Path | None = ASSET,
     out: Path | None = OUT,
     preset: str = PRESET,
     weights: Path | None = WEIGHTS,
@@ -62,6 +65,7 @@ def generate(
     """
     if seeds is not None and (seed is not None or cells is not None or references_only):
         raise UsageError("--seeds does not go with --seed, --cells or --references-only")
+    given = the_input(source, asset)
     from d2 import generation, sweep
     from d2.cli import report, stop
 
@@ -75,10 +79,11 @@ def generate(
             "references_only": references_only, "observer": observer, "should_stop": should_stop,
         }  # fmt: skip
         if seeds is not None:
-            folder = out if out is not None else Path("runs") / source.resolve().stem
-            results = sweep.sweep(source, folder, sweep.parse_seeds(seeds), **options)
+            name = asset or source or Path()
+            folder = out if out is not None else Path("runs") / name.resolve().stem
+            results = sweep.sweep(given, folder, sweep.parse_seeds(seeds), **options)
         else:
-            results = [generation.generate(source, out, redo=cells, **options)]
+            results = [generation.generate(given, out, redo=cells, **options)]
     if json:
         import dataclasses
         import json as encoder
@@ -90,6 +95,17 @@ def generate(
         _tell(result)
     if seeds is not None:
         typer.echo(f"{results[0].folder.parent / 'seeds.png'}: all seeds side by side")
+
+
+def the_input(source: Path | None, asset: Path | None) -> Path | Asset:
+    """The path, or the asset, opened by whoever knows its kind; exactly one of the two is given."""
+    if asset is not None and source is None:
+        from d2.cli import assets
+
+        return assets.open_asset(asset)
+    if source is None or asset is not None:
+        raise UsageError("give either an input or --asset FILE")
+    return source
 
 
 def _tell(result: Generation) -> None:

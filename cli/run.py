@@ -12,7 +12,8 @@ EXPORTS = ("ply", "mp4", "contact")
 
 
 def run(
-    source: Path = options.SOURCE,
+    source: Path | None = options.SOURCE,
+    asset: Path | None = options.ASSET,
     out: Path | None = options.OUT,
     preset: str = options.PRESET,
     reconstruct_preset: str = typer.Option("quality", help="Of the reconstruction: quality, fast, or a YAML file."),
@@ -35,6 +36,7 @@ def run(
 
     Repeat the same command to go on after an interruption; finished stages are kept.
     """
+    given = options.the_input(source, asset)
     from d2.cli import report, stop
     from d2.generation import generate
     from d2.recon import export, reconstruct
@@ -45,7 +47,7 @@ def run(
     )
     with report.observer(quiet) as observer, stop.StopFlag() as should_stop:
         made = generate(
-            source, out, preset=preset, sets=tuple(set) + shortcuts, weights=weights, device=device, views=views,
+            given, out, preset=preset, sets=tuple(set) + shortcuts, weights=weights, device=device, views=views,
             mask=mask, remove_background=remove_bg, overwrite=not resume, keep_finished=resume,
             observer=observer, should_stop=should_stop,
         )  # fmt: skip

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2 import __version__, cells, fileio, images, inputs, machine, preprocess
+from d2 import __version__, asset, cells, fileio, images, inputs, machine, preprocess
 from d2 import config as configuration
+from d2.asset import Asset
 from d2.errors import ConflictError, InputError
 from d2.inputs import Clip
 from d2.matrix import cell_path
@@ -53,10 +54,11 @@ class Source:
     clip: Clip
     views: Clip | None  # given reference views, instead of sampled ones
     remove_background: bool
+    placed: bool = False  # whether the pictures are those of the cameras already: an asset's
 
 
 def generate(
-    source: str | Path,
+    source: str | Path | Asset,
     out: str | Path | None = None,
     *,
     preset: str | Path = "full",
@@ -73,7 +75,7 @@ def generate(
     observer: Observer | None = None,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> Generation:
-    """Turns an image, a folder of frames or a video into a run folder: V views × F frames and their cameras.
+    """Turns an image, a folder of frames, a video or a 3D asset into a run folder: V views × F frames and cameras.
 
     `out` is by default runs/<name of the input>.  `views` is a folder of reference views, the last one the
     input's; `mask` a file or a folder of masks.  An unfinished run with the same input, weights and
@@ -90,10 +92,14 @@ def generate(
     """
     begin = time.monotonic()
     observer = observer or Observer()
-    source = Path(source)
     settings = configuration.load(GenerateConfig, configuration.preset_path(preset, "generate"), sets=sets)
     _check_settings(settings, observer)
-    given = _read(source, settings, views, mask, remove_background, observer)
+    if isinstance(source, str | Path):
+        source, solid = Path(source), False
+        given = _read(source, settings, views, mask, remove_background, observer)
+    else:
+        given = _drawn(source, settings, views, mask)
+        source, solid = source.path, True
     home = Path(out) if out is not None else Path("runs") / source.resolve().stem
     again = cells.parse(redo, settings.views, settings.frames) if redo is not None else None
     _require_place(home, overwrite or keep_finished or again is not None)
@@ -111,7 +117,8 @@ def generate(
     pictures = None
     if not (target / CONFIG).exists():
         pictures = _prepare(given, settings, observer) if again is None else _from_finished(home)
-    command = _resume_command(source, home, preset, sets, weights, views, mask, remove_background, overwrite)
+    words = ["--asset"] * solid + [fileio.quoted(source)]
+    command = _resume_command(words, home, preset, sets, weights, views, mask, remove_background, overwrite)
     command += f" --cells {redo}" if redo is not None else ""
     fps = settings.fps or given.clip.fps or DEFAULT_FPS
     with _held(home, target, fps) as run:
@@ -158,6 +165,16 @@ def _read(
         if len(given) != settings.views:
             raise InputError(f"{fileio.quoted(views)}: expected {settings.views} views, got {len(given)}")
     return Source(clip, given, remove_background)
+
+
+def _drawn(source: Asset, settings: GenerateConfig, views: str | Path | None, mask: str | Path | None) -> Source:
+    """The asset from every camera, and its front view in the place of the user's picture."""
+    if views is not None or mask is not None:
+        raise InputError(f"{fileio.quoted(source.path)} is drawn from every view; leave out --views and --mask")
+    pictures = asset.views(source, settings.rig, settings.image_frame_ratio, settings.asset_up, settings.asset_turn_deg)
+    clip = inputs.clip_of(list(pictures), [f"{source.path.name}#{v}" for v in range(settings.views)])
+    inputs.require_foreground(clip)
+    return Source(inputs.clip_of([clip.pictures[-1]], [source.path.name]), clip, False, placed=True)
 
 
 def _require_place(home: Path, may_exist: bool) -> None:
@@ -219,7 +236,11 @@ def _prepare(given: Source, settings: GenerateConfig, observer: Observer) -> dic
     if clip.opaque and given.remove_background:
         clip = inputs.without_background(clip, observer.message)
         inputs.require_foreground(clip)
-    squares = preprocess.squares(clip.pictures, settings.image_frame_ratio, settings.box, settings.size)
+    squares = (
+        clip.pictures
+        if given.placed
+        else preprocess.squares(clip.pictures, settings.image_frame_ratio, settings.box, settings.size)
+    )
     made: dict[str, Image.Image | np.ndarray] = {f"{INPUT}/f{i:03d}.png": square for i, square in enumerate(squares)}
     if len(clip) > 1:
         made |= {f"{REFERENCE_VIDEO}/f{i:03d}.png": preprocess.on_white(square) for i, square in enumerate(squares)}
@@ -343,7 +364,7 @@ def _dtype(settings: GenerateConfig, device: torch.device) -> torch.dtype:
 
 
 def _resume_command(
-    source: Path,
+    source: list[str],
     home: Path,
     preset: str | Path,
     sets: tuple[str, ...],
@@ -353,7 +374,7 @@ def _resume_command(
     remove_background: bool,
     overwrite: bool,
 ) -> str:
-    words = ["d2 generate", fileio.quoted(source), f"--out {fileio.quoted(home)}"]
+    words = ["d2 generate", *source, f"--out {fileio.quoted(home)}"]
     words += [f"--preset {fileio.quoted(preset)}"] if str(preset) != "full" else []
     for name, value in (("weights", weights), ("views", views), ("mask", mask)):
         words += [f"--{name} {fileio.quoted(value)}"] if value is not None else []

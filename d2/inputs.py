@@ -73,8 +73,8 @@ def read(source: str | Path, frames: int, pick: Pick = "even", notice: Notice = 
         chosen = choose(len(moving), frames, pick, fileio.quoted(source), notice, what)
         if fps is not None and pick == "even":
             fps *= len(chosen) / len(moving)
-        return _clip([moving[i] for i in chosen], [names[i] for i in chosen], fps)
-    return _clip([images.open_image(source)], [source.name], None)
+        return clip_of([moving[i] for i in chosen], [names[i] for i in chosen], fps)
+    return clip_of([images.open_image(source)], [source.name], None)
 
 
 def natural_order(files: Iterable[Path], folder: Path) -> list[Path]:
@@ -213,7 +213,7 @@ def _read_folder(folder: Path, frames: int, pick: Pick, notice: Notice, what: st
         accepted = ", ".join(SUFFIXES)
         raise InputError(f"{fileio.quoted(folder)} holds no images; accepted: {accepted}")
     files = [files[i] for i in choose(len(files), frames, pick, fileio.quoted(folder), notice, what)]
-    return _clip([images.open_image(file) for file in files], [file.name for file in files], None)
+    return clip_of([images.open_image(file) for file in files], [file.name for file in files], None)
 
 
 def _images_in(folder: Path, notice: Notice) -> list[Path]:
@@ -255,7 +255,8 @@ def _read_moving(path: Path) -> tuple[list[Image.Image], float | None]:
     return frames, count / total if total > 0 else None
 
 
-def _clip(pictures: list[Image.Image], names: list[str], fps: float | None) -> Clip:
+def clip_of(pictures: list[Image.Image], names: list[str], fps: float | None = None) -> Clip:
+    """Pictures as a clip. Raises InputError for several sizes, and where only some have transparency."""
     first = pictures[0]
     for picture, name in zip(pictures, names, strict=True):
         if picture.size != first.size:

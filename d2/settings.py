@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from d2 import camera
+from d2 import asset, camera
 from d2.config import config, option
 from d2.errors import InputError
 from d2.inputs import Pick
@@ -40,6 +40,8 @@ class GenerateConfig(SamplerConfig, PairConfig):
     box: Literal["clip", "frame"] = option(
         "clip", "one box around the object for the whole clip, or one for each frame, which removes its motion"
     )
+    asset_up: asset.Up = option("auto", "which axis of a 3D asset points up; auto is the custom of its format")
+    asset_turn_deg: float = option(0.0, "turn of a 3D asset about the vertical, degrees", ge=-360, le=360)
     pick: Pick = option("even", "of more frames than needed: evenly spaced ones, or the first")
 
     fps_id: float = option(24.0, "frame rate that the frame model is told", ge=1, le=1000)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from d2 import images
+from d2.asset import Asset
 from d2.errors import InputError
 from d2.generation import Generation, generate
 from d2.previews import VIDEO_CELL, tiled
@@ -18,7 +19,7 @@ ACROSS = 8  # at most that many views of each seed
 MOST = 1000  # seeds
 
 
-def sweep(source: str | Path, out: str | Path, seeds: tuple[int, ...], **options: Any) -> list[Generation]:
+def sweep(source: str | Path | Asset, out: str | Path, seeds: tuple[int, ...], **options: Any) -> list[Generation]:
     """Runs `generate` once a seed into out/seed-N, keeps what is finished, and writes out/seeds.png.
 
     The picture has a line for each seed: views around the object at the middle frame.  `options` are those of

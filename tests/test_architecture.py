@@ -21,7 +21,7 @@ LAYERS = [
     ["errors"],
     ["fileio"],
     ["config", "images", "camera", "machine", "noise", "schedule", "models", "toyrender"],
-    ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser", "toys"],
+    ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser", "toys", "asset"],
     ["run", "compose", "pair"],
     ["sampler"],
     ["toybox"],
