@@ -56,9 +56,10 @@ def views(
 ) -> Iterator[Image.Image]:
     """Yields the asset as each camera of `rig` sees it, RGBA. Raises InputError for one without extent."""
     turn = _turn(asset.up if up == "auto" else up, turn_deg)
-    points = np.asarray(asset.points, float) @ turn.T
+    points = np.asarray(asset.points, float)
     if len(points) == 0 or not np.isfinite(points).all() or not np.ptp(points, axis=0).max() > 0:
         raise InputError(f"{fileio.quoted(asset.path)} has no extent: nothing to draw")
+    points = points @ turn.T
     centre = (points.min(0) + points.max(0)) / 2
     scale = _scale(points - centre, rig, ratio or 1.0)
     cameras = rig.c2w
@@ -169,7 +170,8 @@ class _Part:
         corners = self._triangles[triangles]
         rgba = np.tile(self._base, (len(triangles), 1))
         if self._texture is not None and self._uvs is not None:
-            texels = self._sample((weights[..., None] * self._uvs[triangles]).sum(1)) / 255
+            u, v = (weights[..., None] * self._uvs[triangles]).sum(1).T
+            texels = self._sample(np.stack([u, 1 - v], 1)) / 255  # v points up, rows go down
             rgba[:, : texels.shape[1]] *= texels
         if self._inks is not None:
             rgba[:, :3] *= (weights[..., None] * self._inks[corners]).sum(1)
@@ -183,7 +185,7 @@ class _Part:
         """The texture, repeated beyond its edges and interpolated."""
         texture = self._texture
         assert texture is not None
-        height, width, _ = texture.shape
+        height, width = len(texture), len(texture[0])
         at = uv * (width, height) - 0.5
         low = np.floor(at).astype(int)
         share = at - low

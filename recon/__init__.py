@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Idle OpenMP threads sleep instead of spinning: read when the runtime loads, so set before torch or numba does.
 # With one other busy process on two cores a step took 25 ms spinning and 12 ms sleeping.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# numba's OpenMP layer first: beside Open3D, which brings an old TBB, numba warns when it looks at TBB first.
+os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
 __all__ = ["export", "reconstruct"]
 _HOME = {"export": "d2.recon.exports", "reconstruct": "d2.recon.pipeline"}
