@@ -12,8 +12,7 @@ venv: .venv/done
 	touch .venv/done
 
 demo: venv
-	$(BIN)/d2 reconstruct tests/data/panda --out runs/panda --preset fast --fps 12 --overwrite
-	$(BIN)/d2 export runs/panda --format ply,mp4,contact --overwrite
+	$(BIN)/d2 run tests/data/toy.png --preset tiny --reconstruct-preset fast --out runs/toy --overwrite
 
 test: lint
 	$(BIN)/python -m pytest
