@@ -25,6 +25,10 @@ class ReconstructConfig:
     grow_every: int = option(200, "steps between two rounds of prune and grow", ge=1)
     prune_opacity: float = option(0.01, "a Gaussian fainter than this at its best moment goes", ge=0, lt=1)
 
+    min_scale: float = option(
+        0.0, "least standard deviation, in pixels of a picture that the scene fills: thinner needles show", ge=0, le=100
+    )
+
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
     mask_weight: float = option(0.1, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)

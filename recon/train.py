@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -139,6 +140,9 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     _set_learning_rates(state, config, fraction)
     state.adam.step()
     state.adam.zero_grad()
+    if config.min_scale:
+        pixel = 2 * state.half_side / max(train.width, train.height)
+        state.gaussians.log_scales.data.clamp_(min=math.log(config.min_scale * pixel))
     clock("adam")
     state.iteration += 1
     if fraction < config.grow_until:
