@@ -34,7 +34,7 @@ def about(
     home = _home(gaussians, source)
     told: dict[str, Any] = {
         "name": name,
-        "clip": {"seconds": max(frames - 1, 1) / fps, "frames": frames},
+        "clip": _clip(fps, frames),
         "home": home,
         "views": _views(home, source),
         "facts": facts(len(gaussians), fps, frames, _record(folder, run)),
@@ -46,6 +46,14 @@ def about(
         if name_of_sheet in sheets:
             told[key] = _shown(sheets[name_of_sheet])
     return told
+
+
+def without_model(name: str, fps: float, frames: int, home: dict[str, Any]) -> dict[str, Any]:
+    """The same before the first model exists; `home` is where to look from."""
+    return {
+        "name": name, "clip": _clip(fps, frames), "home": home, "views": {}, "facts": [], "credits": "", "curve": [],
+        "live": False,
+    }  # fmt: skip
 
 
 def poster(gaussians: Gaussians4D, home: dict[str, Any]) -> str:
@@ -68,6 +76,10 @@ def facts(gaussians: int, fps: float, frames: int, record: dict[str, Any]) -> li
     if isinstance(record.get("iterations"), int):
         told.append(["Fitted in", f"{record['iterations']} iterations"])
     return [*told, ["Made with", f"d2 {__version__}"]]
+
+
+def _clip(fps: float, frames: int) -> dict[str, Any]:
+    return {"seconds": max(frames - 1, 1) / fps, "frames": frames}
 
 
 def _home(gaussians: Gaussians4D, source: dict[str, Any] | None) -> dict[str, Any]:
@@ -101,7 +113,9 @@ def _credits(run: Run | None) -> str:
     models = stage.get("models")
     for model, record in models.items() if isinstance(models, dict) else ():
         if isinstance(record, dict):
-            lines.append(f"{model}: {record.get('source', 'source unknown')}, {record.get('licence', 'licence unknown')}")
+            lines.append(
+                f"{model}: {record.get('source', 'source unknown')}, {record.get('licence', 'licence unknown')}"
+            )
     return "\n".join(lines)
 
 

@@ -115,8 +115,8 @@ def _records(values: dict[str, np.ndarray], ranges: Ranges) -> np.ndarray:  # [N
     low, extent = ranges.color
     rgba = _steps(np.column_stack([(values["colors"] - low) / extent, values["opacities"]]), 8)
     words.append(rgba[:, 0] | rgba[:, 1] << 8 | rgba[:, 2] << 16 | rgba[:, 3] << 24)
-    for k in range(values["sh"].shape[1]):
-        words.append(_three_tens(_steps(values["sh"][:, k] / max(ranges.sh, 1e-9) / 2 + 0.5, 10)))
+    coefficients = _steps(values["sh"] / max(ranges.sh, 1e-9) / 2 + 0.5, 10)
+    words += [_three_tens(coefficients[:, k]) for k in range(coefficients.shape[1])]
     return np.ascontiguousarray(np.column_stack(words), dtype="<u4")
 
 

@@ -37,8 +37,9 @@ class Sheet:
 
 
 def sheets(data: Dataset) -> dict[str, Sheet]:
-    """"input": the clip of the camera nearest to the front; "views": every side at the first moment."""
-    poses = [_pose(data, k, _focus(data)) for k in range(len(data))]
+    """ "input": the clip of the camera nearest to the front; "views": every side at the first moment."""
+    focus = _focus(data)
+    poses = [_pose(data, k, focus) for k in range(len(data))]
     views, times = data.views.tolist(), data.times.tolist()
     moments = {view: len({t for v, t in zip(views, times, strict=True) if v == view}) for view in set(views)}
     longest = [k for k, view in enumerate(views) if moments[view] == max(moments.values())]
@@ -84,7 +85,7 @@ def load(folder: Path) -> dict[str, Sheet]:
 def webp(rgba: np.ndarray) -> bytes:
     """Lossy WebP of uint8 [H, W, 4]."""
     buffer = io.BytesIO()
-    Image.fromarray(rgba).save(buffer, "WEBP", quality=QUALITY, method=6)
+    Image.fromarray(rgba).save(buffer, "WEBP", quality=QUALITY, alpha_quality=QUALITY, method=4)
     return buffer.getvalue()
 
 
@@ -114,7 +115,7 @@ def _pose(data: Dataset, k: int, focus: np.ndarray) -> dict[str, Any]:
     K = data.Ks[k].double().numpy()
     half = min(0.5 * data.width / K[0, 0], 0.5 * data.height / K[1, 1])
     return {
-        "az": math.degrees(math.atan2(back[0], -back[1])) % 360,
+        "az": round(math.degrees(math.atan2(back[0], -back[1])), 6) % 360,
         "el": math.degrees(math.asin(float(np.clip(back[2], -1, 1)))),
         "radius": radius,
         "target": (eye - radius * back).tolist(),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from d2 import fileio
+from d2.recon.gaussians import Gaussians4D
 from d2.recon.viewer import about, pack, page
 
 if TYPE_CHECKING:
     from d2.recon.exports import Clip
 
 BINARY = "asset.bin"  # beside index.html
+LASTING = 5.0  # ln of the duration of what does not move
 
 
 def write_html(clip: Clip, target: Path) -> None:
@@ -30,6 +35,20 @@ def write_web(clip: Clip, target: Path) -> None:
 
 
 def _parts(clip: Clip) -> tuple[dict, bytes, str]:
-    told = about.about(clip.gaussians, clip.name, clip.fps, len(clip.times), clip.folder, clip.run)
-    asset = pack.pack(clip.gaussians, degree=min(1, clip.gaussians.sh_degree))
-    return told, asset, about.poster(clip.gaussians, told["home"])
+    gaussians = frozen(clip.gaussians, float(clip.times[0])) if clip.still else clip.gaussians
+    told = about.about(gaussians, clip.name, clip.fps, len(clip.times), clip.folder, clip.run)
+    asset = pack.pack(gaussians, degree=min(1, gaussians.sh_degree))
+    return told, asset, about.poster(gaussians, told["home"])
+
+
+def frozen(gaussians: Gaussians4D, t: float) -> Gaussians4D:
+    """What there is at one moment, at all times."""
+    moment = gaussians.at(t)
+    return replace(
+        gaussians,
+        means=moment.means,
+        velocities=torch.zeros_like(moment.means),
+        times=torch.full_like(moment.opacities, 0.5),
+        log_durations=torch.full_like(moment.opacities, LASTING),
+        opacity_logits=torch.logit(moment.opacities, eps=1e-6),
+    )
