@@ -24,6 +24,9 @@ _EXPORT = re.compile(r"^export ((?:async )?(?:function|class|const|let) )(\w+)",
 _LINE_COMMENT = re.compile(r"^\s*//.*\n", re.MULTILINE)
 _BLOCK_COMMENT = re.compile(r"[ \t]*/\*\*(?:[^*]|\*(?!/))*\*/[ \t]*\n?")
 _TRAILING_COMMENT = re.compile(r" // .*$", re.MULTILINE)
+_TEXT = re.compile(r"""('(?:\\.|[^'\\\n])*'|`(?:\\.|[^`\\])*`)""")
+_SPACED = re.compile(r" *([=,:;(){}\[\]<>&|?*]) *")  # not + and -: `a - -b` needs its spaces
+_ENDED = re.compile(r"([;{,(])\n")  # where the line's end means nothing to the language
 
 
 def page(
@@ -56,13 +59,13 @@ def joined_script() -> str:
         source = _text(f"{name}.js")
         exported = ", ".join(match[2] for match in _EXPORT.finditer(source))
         source = _IMPORT.sub(lambda match: f"const {match[1]} = {_variable(match[2])};\n", source)
-        source = _without_comments(_EXPORT.sub(r"\1\2", source))
+        source = _squeezed(_without_comments(_EXPORT.sub(r"\1\2", source)))
         parts.append(f"const {_variable(name)} = (() => {{\n{source}return {{ {exported} }};\n}})();")
     return "\n".join(parts)
 
 
 def _variable(module: str) -> str:
-    return f"module_{module}"
+    return f"${module}"
 
 
 def _without_comments(source: str) -> str:
@@ -70,6 +73,14 @@ def _without_comments(source: str) -> str:
     source = _TRAILING_COMMENT.sub("", _LINE_COMMENT.sub("", _BLOCK_COMMENT.sub("", source)))
     lines = (line.strip() for line in source.splitlines())
     return "".join(f"{line}\n" for line in lines if line)
+
+
+def _squeezed(source: str) -> str:
+    """Without spaces and ends of lines that mean nothing; texts and shaders stay as they are."""
+    parts = _TEXT.split(source)
+    return "".join(
+        part if index % 2 else _ENDED.sub(r"\1", _SPACED.sub(r"\1", part)) for index, part in enumerate(parts)
+    )
 
 
 def _digest(source: str) -> str:

@@ -91,6 +91,10 @@ export class Renderer {
     this.count = 0;
     /** @type {import('./asset.js').Asset | null} */
     this.asset = null;
+    /** @type {WebGLTexture | null} */
+    this.texture = null;
+    /** @type {Record<string, WebGLUniformLocation | null>} */
+    this.at = {};
     this.prepare();
   }
 
@@ -104,7 +108,6 @@ export class Renderer {
     gl.linkProgram(program);
     if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program) || 'no shader');
     gl.useProgram(program);
-    /** @type {Record<string, WebGLUniformLocation | null>} */
     this.at = Object.fromEntries(UNIFORMS.map((name) => [name, gl.getUniformLocation(program, name)]));
     gl.bindVertexArray(gl.createVertexArray());
     gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
@@ -144,7 +147,7 @@ export class Renderer {
     gl.texImage2D(gl.TEXTURE_2D, 0, gl.RGBA32UI, TEXTURE_WIDTH, asset.rows, 0, gl.RGBA_INTEGER, gl.UNSIGNED_INT,
       asset.data);
     gl.bufferData(gl.ARRAY_BUFFER, header.count * 4, gl.DYNAMIC_DRAW);
-    const at = /** @type {Record<string, WebGLUniformLocation | null>} */ (this.at);
+    const { at } = this;
     gl.uniform3fv(at.boxMin, header.box.slice(0, 3));
     gl.uniform3fv(at.boxSize, header.box.slice(3));
     gl.uniform2fv(at.timeRange, header.time);
@@ -163,7 +166,7 @@ export class Renderer {
 
   /** @param {View} view @param {number} time */
   draw(view, time) {
-    const { gl } = this, at = /** @type {Record<string, WebGLUniformLocation | null>} */ (this.at);
+    const { gl, at } = this;
     gl.viewport(0, 0, gl.canvas.width, gl.canvas.height);
     gl.clear(gl.COLOR_BUFFER_BIT);
     gl.uniformMatrix4fv(at.view, false, view.matrix);
