@@ -27,7 +27,7 @@ export class Controls {
   /** @param {Controlled} what */
   constructor(what) {
     this.what = what;
-    const { player, camera, changed } = what;
+    const { player, camera } = what, changed = () => this.changed();
     /** @type {HTMLInputElement} */
     this.slider = element('time');
     this.shown = '';
@@ -58,7 +58,7 @@ export class Controls {
   }
 
   bindChoices() {
-    const { player, camera, views, changed } = this.what, preset = choice('preset');
+    const { player, camera, views } = this.what, changed = () => this.changed(), preset = choice('preset');
     for (const name of ['Free', ...Object.keys(views)]) preset.add(new Option(name));
     preset.onchange = () => {
       player.touch();
@@ -83,12 +83,17 @@ export class Controls {
     choice('theme').value = theme;
     root.background = background;
     root.theme = theme === 'auto' ? (dark ? 'dark' : 'light') : theme;
+    this.changed();
+  }
+
+  changed() {
+    this.update();
     this.what.changed();
   }
 
   /** @param {KeyboardEvent} event */
   key(event) {
-    const target = /** @type {HTMLElement} */ (event.target), { player, camera, changed } = this.what;
+    const target = /** @type {HTMLElement} */ (event.target), { player, camera } = this.what;
     if (event.ctrlKey || event.metaKey || event.altKey || target.tagName === 'SELECT') return;
     if (target.tagName === 'BUTTON' && (event.key === ' ' || event.key === 'Enter')) return;
     if (target === this.slider && /^(Arrow|Home|End|Page)/.test(event.key)) return;
@@ -108,7 +113,7 @@ export class Controls {
     if (!action) return;
     event.preventDefault();
     action();
-    changed();
+    this.changed();
   }
 
   /** @param {string} id */

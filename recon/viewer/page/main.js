@@ -45,7 +45,10 @@ const controls = new Controls({
 function heard(event) {
   controls.update();
   comparison.update();
-  if (event === 'drawn') root.classList.add('ready');
+  if (event === 'drawn') {
+    root.classList.add('ready');
+    performance.mark('first picture');
+  }
   if (event === 'lost') say('The graphics card was taken away; waiting for it');
   if (event === 'restored') say('');
 }
