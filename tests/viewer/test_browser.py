@@ -155,8 +155,8 @@ def test_every_control_by_pointer(chromium, fox):
 @full
 def test_ping_pong_turns_back_and_once_stops(chromium, fox):
     with opened(chromium, fox) as tab:
-        run = "(repeat) => { const p = __viewer.player; p.repeat = repeat; p.time = 0.9; p.direction = 1; p.playing = true;"
-        run += " p.advance(0.3 * p.seconds); return [p.time, p.playing]; }"
+        run = """(repeat) => { const p = __viewer.player; Object.assign(p, { repeat, time: 0.9, playing: true });
+            p.advance(0.3 * p.seconds); return [p.time, p.playing]; }"""
         assert tab.evaluate(run, "ping-pong") == [pytest.approx(0.8), True]
         assert tab.evaluate(run, "loop") == [pytest.approx(0.2), True]
         assert tab.evaluate(run, "once") == [1, False]
@@ -196,7 +196,8 @@ def test_scrubbing_shows_the_same_picture_whatever_came_before(chromium, fox):
 def test_what_the_worker_draws_is_what_is_drawn_at_once(chromium, fox):
     with opened(chromium, fox, "?autoplay=0&ui=0&t=0.4&az=70&el=20") as tab:
         tab.wait_for_timeout(1000)
-        shown = "() => { const s = __viewer.stage; s.renderer.draw(s.view(), __viewer.player.time); return [...s.renderer.pixels()]; }"
+        shown = """() => { const s = __viewer.stage; s.renderer.draw(s.view(), __viewer.player.time);
+            return [...s.renderer.pixels()]; }"""
         by_worker = np.array(tab.evaluate(shown))
         exact = (seen(tab, {"t": 0.4, "az": 70, "el": 20})[::-1] * 255).round().astype(int).ravel()
         assert np.array_equal(by_worker, exact)
@@ -257,7 +258,9 @@ def test_nonsense_in_the_address_is_ignored(chromium, fox):
 def test_phone_controls_fit_and_are_large_enough(chromium, fox):
     options = {"width": 390, "height": 844, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
     with opened(chromium, fox, **options) as tab:
-        boxes = [button.bounding_box() for button in tab.query_selector_all("#bar button, #time") if button.is_visible()]
+        boxes = [
+            button.bounding_box() for button in tab.query_selector_all("#bar button, #time") if button.is_visible()
+        ]
         assert len(boxes) >= 8
         for box in boxes:
             assert box["height"] >= 44 and box["width"] >= 44
@@ -281,7 +284,9 @@ def test_axe_finds_no_violation(chromium, fox, scheme):
             if opener:
                 tab.click(f"#{opener}")
             tab.evaluate(source)
-            found = tab.evaluate("axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes.map((n) => n.html)))")
+            found = tab.evaluate(
+                "axe.run().then((r) => r.violations.map((v) => v.id + ': ' + v.nodes.map((n) => n.html)))"
+            )
             assert found == [], opener
 
 
@@ -312,8 +317,9 @@ def test_without_webgl_there_is_a_picture_and_a_message(chromium, fox):
 @full
 def test_first_picture_within_a_second_and_200000_sort_in_30_ms(chromium, tmp_path):
     with opened(chromium, page_of(random_asset(20000), tmp_path), "?autoplay=0&ui=0") as tab:
-        after_load = "performance.getEntriesByName('first picture')[0].startTime - performance.timing.domContentLoadedEventStart + performance.timing.navigationStart"
-        assert tab.evaluate(after_load) < 1000
+        first = "performance.getEntriesByName('first picture')[0].startTime"
+        loaded = "performance.getEntriesByType('navigation')[0].domContentLoadedEventStart"
+        assert tab.evaluate(f"{first} - {loaded}") < 1000
     with opened(chromium, page_of(random_asset(200_000), tmp_path), "?autoplay=0&ui=0", 64, 64) as tab:
         best = """() => { const s = __viewer.stage; s.drawExactly(); let best = 1e9;
             for (let k = 0; k < 15; k++) { const a = performance.now(); s.exact([0, -1, 0.01 * k], 0.5);

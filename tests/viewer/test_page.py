@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -137,10 +138,8 @@ def test_view_writes_the_page_and_opens_it(made, tmp_path, monkeypatch):
     assert opened == [(tmp_path / "fox.html").as_uri()]
 
 
-def test_modules_are_typed_as_their_comments_say(tmp_path):
-    """Where TypeScript's compiler is at hand: `npm install --prefix DIR typescript`, then D2_TSC=DIR/node_modules/.bin/tsc."""
-    import os
-
+def test_modules_are_typed_as_their_comments_say():
+    """Where TypeScript's compiler is at hand, as for `make test-browser`."""
     compiler = os.environ.get("D2_TSC")
     if not compiler:
         pytest.skip("D2_TSC does not name TypeScript's compiler")
