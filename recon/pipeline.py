@@ -140,8 +140,8 @@ class _Job:
     def fit(self) -> train.State:
         self.input = self.data.digest()
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
-        reference.save(self.folder, self.data)
         state = self._resume() or self._start()
+        reference.save(self.folder, self.data)
         data = self.data.to(self.device)
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames)}

@@ -36,7 +36,7 @@ def about(
         "name": name,
         "clip": _clip(fps, frames),
         "home": home,
-        "views": _views(home, source),
+        "views": _views(gaussians, home, source),
         "facts": facts(len(gaussians), fps, frames, _record(folder, run)),
         "credits": _credits(run),
         "curve": metrics_log.curve(folder) if folder else [],
@@ -72,7 +72,7 @@ def facts(gaussians: int, fps: float, frames: int, record: dict[str, Any]) -> li
     if frames > 1:
         told.append(["Clip", f"{frames} frames at {fps:g} a second"])
     if isinstance(record.get("psnr"), int | float):
-        told.append(["Quality", f"{record['psnr']:.1f} dB on held-out pictures"])
+        told.append(["Quality", f"{record['psnr']:.1f} dB (held-out PSNR)"])
     if isinstance(record.get("iterations"), int):
         told.append(["Fitted in", f"{record['iterations']} iterations"])
     return [*told, ["Made with", f"d2 {__version__}"]]
@@ -84,19 +84,23 @@ def _clip(fps: float, frames: int) -> dict[str, Any]:
 
 def _home(gaussians: Gaussians4D, source: dict[str, Any] | None) -> dict[str, Any]:
     """From the front, so far away that the whole object is seen at every moment."""
-    center, radius = render.framing(gaussians)
     elevation = math.radians(source["el"]) if source else render.DEFAULT_ELEVATION
-    rig = render.orbit_rig(radius, np.zeros(1), 1, 1, elevation)
+    return _fitted(gaussians, render.framing(gaussians).center, elevation)
+
+
+def _fitted(gaussians: Gaussians4D, center: np.ndarray, elevation: float) -> dict[str, Any]:
+    """A pose at azimuth 0; "tall" and "wide" let the page come closer where its window allows."""
+    tall, wide = render.fitting_distances(gaussians, center, elevation)
     return {
-        "az": 0.0, "el": math.degrees(elevation), "radius": rig.radius, "target": np.asarray(center).tolist(),
-        "fov": math.degrees(rig.fov),
+        "az": 0.0, "el": math.degrees(elevation), "radius": max(tall, wide), "target": center.tolist(),
+        "fov": math.degrees(render.DEFAULT_FOV), "tall": tall, "wide": wide,
     }  # fmt: skip
 
 
-def _views(home: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
+def _views(gaussians: Gaussians4D, home: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
     views = {"Source camera": source} if source else {}
     views |= {name: home | {"az": azimuth} for name, azimuth in SIDES.items()}
-    return views | {"Top": home | {"el": TOP}}
+    return views | {"Top": _fitted(gaussians, np.asarray(home["target"]), math.radians(TOP))}
 
 
 def _record(folder: Path | None, run: Run | None) -> dict[str, Any]:

@@ -5,6 +5,16 @@
 const STEEPEST = 89; // degrees; beyond, "up" has no meaning
 const DEGREE = Math.PI / 180;
 
+/**
+ * Comes as near as the picture's shape allows.
+ * @param {Pose & {tall?: number, wide?: number}} pose with the distances at which a square one holds height and width
+ * @param {number} width @param {number} height of the picture
+ */
+export function fit(pose, width, height) {
+  const shorter = Math.min(width, height);
+  if (pose.tall && pose.wide) pose.radius = Math.max((pose.tall * shorter) / height, (pose.wide * shorter) / width);
+}
+
 export class Camera {
   /** @param {Pose} home */
   constructor(home) {

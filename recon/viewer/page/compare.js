@@ -58,11 +58,11 @@ export class Comparison {
 /** @param {Sheet} views @param {import('./player.js').Player} player @param {() => void} changed */
 function fillStrip(views, player, changed) {
   const rows = Math.ceil(views.poses.length / views.columns), strip = element('strip');
+  strip.style.setProperty('--sheet', `url("${views.src}")`); // one copy of it, for all
   strip.replaceChildren(...views.poses.map((pose, index) => {
     const button = document.createElement('button'), { style } = button;
     button.type = 'button';
     button.setAttribute('aria-label', `View at ${Math.round(pose.az)} degrees`);
-    style.backgroundImage = `url("${views.src}")`;
     style.backgroundSize = `${views.columns * 100}% ${rows * 100}%`;
     const column = index % views.columns, row = Math.floor(index / views.columns);
     style.backgroundPosition = `${percent(column, views.columns)} ${percent(row, rows)}`;

@@ -1,6 +1,6 @@
 // Puts the viewer together from what the page holds.
 import { bytesOf, decodeAsset } from './asset.js';
-import { Camera } from './camera.js';
+import { Camera, fit } from './camera.js';
 import { Player } from './player.js';
 import { Stage } from './stage.js';
 import { Controls, element } from './controls.js';
@@ -21,8 +21,10 @@ import { record, save, snapshot } from './record.js';
 
 /** @type {About} */
 const about = JSON.parse(element('about').textContent || '');
+const root = document.documentElement, pageSize = root.outerHTML.length;
+const view = element('view');
+for (const pose of [about.home, ...Object.values(about.views)]) fit(pose, view.clientWidth || 1, view.clientHeight || 1);
 const camera = new Camera(about.home), player = new Player(about.clip, camera);
-const root = document.documentElement;
 /** @type {Stage | null} */
 let stage = null;
 
@@ -138,7 +140,7 @@ async function main() {
   try {
     const bytes = await assetBytes();
     stage.show(await decodeAsset(bytes));
-    const size = about.asset ? bytes.length : document.documentElement.outerHTML.length;
+    const size = about.asset ? bytes.length : pageSize;
     showFacts({ ...about, facts: [...about.facts, ['File size', fileSize(size)]] });
   } catch (error) {
     say(`The asset cannot be shown: ${error instanceof Error ? error.message : error}`);
