@@ -155,7 +155,7 @@ def test_every_control_by_pointer(chromium, fox):
 @full
 def test_ping_pong_turns_back_and_once_stops(chromium, fox):
     with opened(chromium, fox) as tab:
-        run = """(repeat) => { const p = __viewer.player; Object.assign(p, { repeat, time: 0.9, playing: true });
+        run = """(repeat) => { const p = __viewer.player; Object.assign(p, { repeat, time: 0.9, direction: 1, playing: true });
             p.advance(0.3 * p.seconds); return [p.time, p.playing]; }"""
         assert tab.evaluate(run, "ping-pong") == [pytest.approx(0.8), True]
         assert tab.evaluate(run, "loop") == [pytest.approx(0.2), True]

@@ -23,7 +23,9 @@ export const TEXTURE_WIDTH = 2048; // texels
 
 /** @param {string} text base64 @returns {Uint8Array} */
 export function bytesOf(text) {
-  return Uint8Array.from(atob(text.trim()), (character) => character.charCodeAt(0));
+  const characters = atob(text.trim()), bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  return bytes;
 }
 
 /** @param {Uint8Array} bytes @returns {Promise<Asset>} */
