@@ -74,7 +74,7 @@ export class Stage {
     const view = this.view(), key = [...view.matrix, player.time].join();
     if (key !== this.sortedKey) this.sorter?.request({ back: view.back, time: player.time, key });
     this.renderer.draw(view, player.time);
-    if (this.renderer.count) this.drawn++;
+    if (this.renderer.count && !this.drawn++) this.tell('drawn');
     this.tell('frame');
     if (player.moving || moved || this.idle++ < IDLE_FRAMES) this.pending ||= requestAnimationFrame((t) => this.frame(t));
   }
@@ -84,7 +84,6 @@ export class Stage {
     if (this.held || this.lost) return;
     this.renderer.order(order);
     this.sortedKey = key;
-    if (!this.drawn) this.tell('drawn');
     this.invalidate();
   }
 
