@@ -13,9 +13,7 @@ venv: .venv/done
 	touch .venv/done
 
 demo: venv
-	$(BIN)/d2 reconstruct tests/data/panda --out runs/panda --preset fast --fps 12 --overwrite
-	$(BIN)/d2 export runs/panda --format ply,mp4,contact,html --overwrite
-	@echo "The asset moves in runs/panda/recon/main/export/panda.html"
+	$(BIN)/d2 run tests/data/toy.png --preset tiny --reconstruct-preset fast --out runs/toy --overwrite
 
 test: lint
 	$(BIN)/python -m pytest

@@ -234,7 +234,7 @@ def _prepare(given: Source, settings: GenerateConfig, observer: Observer) -> dic
     """Path in the run folder -> picture, of everything the input alone decides."""
     clip = given.clip
     if clip.opaque and given.remove_background:
-        clip = inputs.without_background(clip, observer.message)
+        clip = inputs.without_background(clip, observer.message, settings.rembg_model)
         inputs.require_foreground(clip)
     squares = (
         clip.pictures

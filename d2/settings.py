@@ -11,7 +11,7 @@ import numpy as np
 from d2 import asset, camera
 from d2.config import config, option
 from d2.errors import InputError
-from d2.inputs import Pick
+from d2.inputs import Pick, RembgModel
 from d2.pair import PairConfig
 from d2.sampler import SamplerConfig
 
@@ -40,6 +40,7 @@ class GenerateConfig(SamplerConfig, PairConfig):
     box: Literal["clip", "frame"] = option(
         "clip", "one box around the object for the whole clip, or one for each frame, which removes its motion"
     )
+    rembg_model: RembgModel = option("u2net", "what removes a background; u2netp is 40 times smaller")
     asset_up: asset.Up = option("auto", "which axis of a 3D asset points up; auto is the custom of its format")
     asset_turn_deg: float = option(0.0, "turn of a 3D asset about the vertical, degrees", ge=-360, le=360)
     pick: Pick = option("even", "of more frames than needed: evenly spaced ones, or the first")

