@@ -21,7 +21,7 @@ test: lint
 # Needs chromium (Debian: apt-get install --no-install-recommends chromium).  Where npm is there, accessibility and the
 # types of the modules are checked too.
 test-browser: venv
-	! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix build/node axe-core@4.14.1 typescript@7.0.2
+	-! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix build/node axe-core@4.14.1 typescript@7.0.2
 	D2_AXE="$$(ls $(CURDIR)/build/node/node_modules/axe-core/axe.min.js 2>/dev/null)" \
 	D2_TSC="$$(ls $(CURDIR)/build/node/node_modules/.bin/tsc 2>/dev/null)" \
 	$(BIN)/python -m pytest tests/viewer -m 'browser or not browser'

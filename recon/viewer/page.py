@@ -19,6 +19,7 @@ POLICY = (
     "default-src 'none'; script-src {script} blob:; worker-src blob:; style-src {style}; img-src data: blob:;"
     " media-src blob:; connect-src {connect}; base-uri 'none'; form-action 'none'"
 )
+NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # one clear pixel
 _IMPORT = re.compile(r"^import (\{[^}]*\}) from '\./(\w+)\.js';\n", re.MULTILINE)
 _EXPORT = re.compile(r"^export ((?:async )?(?:function|class|const|let) )(\w+)", re.MULTILINE)
 _LINE_COMMENT = re.compile(r"^\s*//.*\n", re.MULTILINE)
@@ -33,7 +34,7 @@ def page(
     title: str,
     about: dict[str, Any],  # what main.js reads, see its typedef About
     asset: bytes | None,  # what pack() gives; None: the page fetches it from about["asset"]
-    poster: str = "",  # address of a picture, normally data:
+    poster: str = NO_PICTURE,  # address of a picture, normally data:
 ) -> str:
     """The whole page as text.  `title` and everything in `about` may hold any text."""
     style, script = _text("style.css"), joined_script()

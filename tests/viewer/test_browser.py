@@ -155,7 +155,8 @@ def test_every_control_by_pointer(chromium, fox):
 @full
 def test_ping_pong_turns_back_and_once_stops(chromium, fox):
     with opened(chromium, fox) as tab:
-        run = """(repeat) => { const p = __viewer.player; Object.assign(p, { repeat, time: 0.9, direction: 1, playing: true });
+        run = """(repeat) => { const p = __viewer.player;
+            Object.assign(p, { repeat, time: 0.9, direction: 1, playing: true });
             p.advance(0.3 * p.seconds); return [p.time, p.playing]; }"""
         assert tab.evaluate(run, "ping-pong") == [pytest.approx(0.8), True]
         assert tab.evaluate(run, "loop") == [pytest.approx(0.2), True]
@@ -180,6 +181,30 @@ def test_turntable_stops_on_touch_and_a_drag_orbits_a_right_drag_pans_the_wheel_
         assert state(tab)["target"] != after["target"] and state(tab)["az"] == pytest.approx(after["az"])
         tab.mouse.wheel(0, 200)
         wait(tab, f"__viewer.camera.radius > {after['radius']}")
+
+
+@full
+def test_two_fingers_zoom_and_pan(chromium, fox):
+    with opened(chromium, fox, width=390, height=700, has_touch=True, is_mobile=True) as tab:
+        fingers = tab.context.new_cdp_session(tab)
+
+        def touch(kind: str, *points: tuple[int, int]) -> None:
+            places = [{"x": x, "y": y, "id": k} for k, (x, y) in enumerate(points)]
+            fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+
+        before = state(tab)
+        touch("touchStart", (150, 300), (250, 300))
+        touch("touchMove", (100, 300), (300, 300))
+        apart = state(tab)
+        assert apart["radius"] == pytest.approx(before["radius"] / 2, rel=0.05) and apart["az"] == before["az"]
+        touch("touchMove", (100, 400), (300, 400))
+        moved = state(tab)
+        assert moved["target"][2] > apart["target"][2] and moved["radius"] == pytest.approx(apart["radius"], rel=0.05)
+        touch("touchEnd")
+        touch("touchStart", (150, 300))
+        touch("touchMove", (190, 300))
+        touch("touchEnd")
+        assert state(tab)["az"] != before["az"]
 
 
 @full

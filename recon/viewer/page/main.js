@@ -129,6 +129,7 @@ async function main() {
     const missing = error instanceof Error && error.message === 'WebGL 2 is missing';
     say(missing ? 'This browser does not offer WebGL 2, which the moving picture needs' : String(error));
     element('canvas').hidden = true;
+    root.classList.add('bare');
     return;
   }
   bindSaving();

@@ -5,7 +5,7 @@ const FPS = 30;
 const BULLET_SECONDS = 4;
 const KEY_EVERY = 60; // frames
 const CODECS = [
-  { name: 'vp09.00.40.08', matroska: 'V_VP9' },
+  { name: 'vp09.00.51.08', matroska: 'V_VP9' },
   { name: 'vp8', matroska: 'V_VP8' },
 ];
 
@@ -41,6 +41,7 @@ export async function record(stage, take, progress, cancelled) {
   const { player } = stage, before = { pose: player.camera.pose, time: player.time, playing: player.playing };
   const { count, pose } = plan(take, player);
   stage.held = true; // nobody else draws
+  stage.resize(1);
   stage.setSize(stage.canvas.width & ~1, stage.canvas.height & ~1);
   try {
     const codec = await codecFor(stage.canvas);

@@ -52,6 +52,7 @@ export class Stage {
     this.sorter = new BackgroundSorter(asset, (order, key) => this.receive(order, key));
     this.sortedKey = '';
     if (!this.lost) this.renderer.load(asset);
+    if (this.drawn) this.drawExactly(); // a newer model takes the old one's place without a blank between
     this.invalidate();
   }
 
