@@ -117,9 +117,8 @@ def _credits(run: Run | None) -> str:
     models = stage.get("models")
     for model, record in models.items() if isinstance(models, dict) else ():
         if isinstance(record, dict):
-            lines.append(
-                f"{model}: {record.get('source', 'source unknown')}, {record.get('licence', 'licence unknown')}"
-            )
+            origin = ", ".join(str(record[key]) for key in ("source", "licence") if record.get(key))
+            lines.append(f"{model}: {origin or 'source and licence unknown'}")
     return "\n".join(lines)
 
 

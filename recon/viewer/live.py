@@ -40,14 +40,15 @@ class Live:
         packed = self._newest(working)
         done = working == self.folder and (working / MODEL).is_file()
         progress = [["Progress", f"{iteration} of {total} iterations" if total else f"{iteration} iterations"]]
-        facts = self._about()["facts"] if packed else []
+        told = self._about()
+        facts = told["facts"] if packed else []
         return {
             "version": packed[0] if packed else "",
             "done": done,
             "message": f"Fitting: {iteration} iterations; the first model comes with the first validation",
             "facts": facts if done else progress + facts,
             "curve": metrics_log.curve(working),
-            "credits": "",
+            "credits": told["credits"],
         }
 
     def asset(self) -> bytes | None:

@@ -18,6 +18,7 @@ from pages import FPS, FRAMES, random_asset
 from d2.errors import ConflictError, InputError
 from d2.recon.exports import export
 from d2.recon.viewer import pack, page, reference
+from d2.run import Run
 
 HOSTILE = """</script><script>alert(1)</script><!--"'>&amp;\u2028@@asset@@ \U0001f98a"""
 MODULES = Path(page.__file__).parent / "page"
@@ -105,6 +106,19 @@ def test_page_tells_clip_quality_curve_and_where_the_pictures_were_seen_from(mad
     source = about["views"]["Source camera"]
     assert source["az"] == pytest.approx(0) and source["el"] == pytest.approx(15, abs=1e-4)
     assert source["radius"] == pytest.approx(2.5, abs=1e-3) and source["fov"] == pytest.approx(33.8, abs=1e-3)
+
+
+def test_a_run_is_credited_with_its_input_its_models_and_their_licences(made, tmp_path):
+    run = Run.create(tmp_path / "cat", fps=8)
+    models = {"a.safetensors": {"source": HOSTILE, "licence": "MIT"}, "b.safetensors": {"source": "", "licence": None}}
+    run.commit_stage("generate", {"views": 2, "frames": 3, "input": {"name": "cat.png"}, "models": models})
+    random_asset(20).save(run.folder / "recon/main/gaussians.safetensors")
+    run.commit_stage("reconstruct:main", {"psnr": 31.26, "iterations": 40})
+    about = json.loads(Elements(export(run.folder, ["html"], tmp_path)["html"].read_text()).scripts[0])
+    first, *others = about["credits"].split("\n")
+    assert first == "From cat.png" and others[-1] == "b.safetensors: source and licence unknown"
+    assert f"a.safetensors: {HOSTILE}, MIT" in about["credits"]
+    assert ["Quality", "31.3 dB (held-out PSNR)"] in about["facts"] and about["clip"]["frames"] == 3
 
 
 def test_a_moment_is_a_page_without_a_clip(made, tmp_path):

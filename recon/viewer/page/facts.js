@@ -28,7 +28,7 @@ function plot(curve) {
   const [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const points = curve.map(([x, y]) =>
     `${(4 + (280 * (x - left)) / (right - left || 1)).toFixed(1)},${(68 - (50 * (y - low)) / (high - low || 1)).toFixed(1)}`);
-  const label = `Quality rose from ${ys[0].toFixed(1)} to ${ys.at(-1)?.toFixed(1)} dB over ${right} iterations`;
+  const label = `Quality from ${ys[0].toFixed(1)} to ${ys.at(-1)?.toFixed(1)} dB over ${right} iterations`;
   const svg = shape('svg', { viewBox: '0 0 288 90', role: 'img', 'aria-label': label });
   const from = shape('text', { x: '4', y: '86' }), to = shape('text', { x: '284', y: '86', 'text-anchor': 'end' });
   from.textContent = `${ys[0].toFixed(1)} dB`;
