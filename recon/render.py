@@ -36,6 +36,14 @@ class Framing(NamedTuple):
     radius: float  # world
 
 
+class Distances(NamedTuple):
+    """From what is looked at, world, for a square picture to hold the object."""
+
+    above: float
+    below: float
+    beside: float
+
+
 def render_views(
     gaussians: Gaussians4D | Gaussians3D,
     c2w: np.ndarray,  # [n, 4, 4] OpenGL camera to world
@@ -81,8 +89,8 @@ def fitting_distances(
     elevation: float = DEFAULT_ELEVATION,  # rad
     fov: float = DEFAULT_FOV,  # rad, of a square picture
     times: Sequence[float] | np.ndarray = _MOMENTS,  # [n] in 0..1
-) -> tuple[float, float]:
-    """How far from `center` orbit cameras must be so that what `framing` sees fits: in height, in width."""
+) -> Distances:
+    """How far from `center` orbit cameras must be so that what `framing` sees fits on each side, from everywhere."""
     means, sizes = _opaque(gaussians, times)
     slope, (x, y, z) = math.tan(0.5 * fov), (means - center).T
     cos, sin = math.cos(elevation), math.sin(elevation)
@@ -91,10 +99,21 @@ def fitting_distances(
         right = x * math.cos(azimuth) + y * math.sin(azimuth)
         front = x * math.sin(azimuth) - y * math.cos(azimuth)
         up, near = z * cos - front * sin, z * sin + front * cos
-        across = np.abs([up, right]) + sizes
+        across = np.array([up, -up, np.abs(right)]) + sizes
         needed.append(np.quantile(near + across / slope, 1 - _QUANTILE, axis=1))
-    tall, wide = _MARGIN * np.max(needed, axis=0)
-    return max(float(tall), _MIN_RADIUS), max(float(wide), _MIN_RADIUS)
+    return Distances(*(max(float(_MARGIN * distance), _MIN_RADIUS) for distance in np.max(needed, axis=0)))
+
+
+def look_at(
+    gaussians: Gaussians4D,
+    elevation: float = DEFAULT_ELEVATION,  # rad
+    fov: float = DEFAULT_FOV,  # rad
+) -> np.ndarray:  # [3] world
+    """Where orbit cameras look so that as much room is left above the object as below it, over a turn."""
+    center = framing(gaussians).center
+    above, below, _ = fitting_distances(gaussians, center, elevation, fov)
+    raised = 0.5 * (above - below) / _MARGIN * math.tan(0.5 * fov) / math.cos(elevation)
+    return center + np.array([0, 0, raised])
 
 
 def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

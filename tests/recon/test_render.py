@@ -190,8 +190,14 @@ def test_static_gaussians_are_drawn_as_they_are():
 
 def test_fitting_distances_hold_the_object_and_not_much_more():
     tower = blobs([[0.0, 0, 1], [0.0, 0, -1]], [RED, BLUE], size=0.02)
-    tall, wide = render.fitting_distances(tower, np.zeros(3), elevation=0.0, fov=math.radians(90))
-    assert tall == pytest.approx(1.05 * 1.02, rel=0.02) and wide < 0.1
+    above, below, beside = render.fitting_distances(tower, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    assert above == pytest.approx(below) == pytest.approx(1.05 * 1.02, rel=0.02) and beside < 0.1
     bar = blobs([[1.0, 0, 0], [-1.0, 0, 0]], [RED, BLUE], size=0.02)
-    tall, wide = render.fitting_distances(bar, np.zeros(3), elevation=0.0, fov=math.radians(90))
-    assert 1.0 < tall < 1.2 and 1.3 < wide < 1.7  # end on, its near end is 1 nearer; turned by 45°, √2 is needed
+    above, _, beside = render.fitting_distances(bar, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    assert 1.0 < above < 1.2 and 1.3 < beside < 1.7  # end on, its near end is 1 nearer; turned by 45°, √2 is needed
+
+
+def test_looked_at_is_where_a_turn_leaves_as_much_room_above_as_below():
+    asset = random_object()
+    distances = render.fitting_distances(asset, render.look_at(asset, 0.5), elevation=0.5)
+    assert distances.above == pytest.approx(distances.below, rel=0.02)
