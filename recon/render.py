@@ -104,18 +104,6 @@ def fitting_distances(
     return Distances(*(max(float(_MARGIN * distance), _MIN_RADIUS) for distance in np.max(needed, axis=0)))
 
 
-def look_at(
-    gaussians: Gaussians4D,
-    elevation: float = DEFAULT_ELEVATION,  # rad
-    fov: float = DEFAULT_FOV,  # rad
-) -> np.ndarray:  # [3] world
-    """Where orbit cameras look so that as much room is left above the object as below it, over a turn."""
-    center = framing(gaussians).center
-    above, below, _ = fitting_distances(gaussians, center, elevation, fov)
-    raised = 0.5 * (above - below) / _MARGIN * math.tan(0.5 * fov) / math.cos(elevation)
-    return center + np.array([0, 0, raised])
-
-
 def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means [n, 3] and sizes [n] of what is opaque at the given moments, one after the other."""
     step = -(-len(gaussians) // _MAX_SAMPLES)

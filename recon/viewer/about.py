@@ -17,7 +17,7 @@ from d2.run import Run
 
 POSTER_SIZE = 480  # pixels
 SIDES = {"Front": 0.0, "Right": 90.0, "Back": 180.0, "Left": 270.0}  # azimuth in degrees
-AIR = 1.12  # room around what just fits
+AIR = 1.04  # room around what just fits
 TOP = 89.0  # degrees of elevation
 
 
@@ -86,7 +86,7 @@ def _clip(fps: float, frames: int) -> dict[str, Any]:
 def _home(gaussians: Gaussians4D, source: dict[str, Any] | None) -> dict[str, Any]:
     """From the front, so far away that the whole object is seen at every moment."""
     elevation = math.radians(source["el"]) if source else render.DEFAULT_ELEVATION
-    return _fitted(gaussians, render.look_at(gaussians, elevation), elevation)
+    return _fitted(gaussians, render.framing(gaussians).center, elevation)
 
 
 def _fitted(gaussians: Gaussians4D, center: np.ndarray, elevation: float) -> dict[str, Any]:
