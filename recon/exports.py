@@ -78,10 +78,11 @@ def export(
 
     `source` is a run folder (its newest reconstruction), a reconstruction's folder, its
     gaussians.safetensors or the Gaussians themselves (then `out` is needed).  `out` is by default the folder
-    `export` beside them; in it lie `ply/<name>_0001.ply` … with frames.json, `turntable.mp4`,
-    `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).  `fps` and `frames` are by default what the run or the file says, else 24 and 25.  With
-    `time` (0..1) everything shows that moment, and the PLY is one file, `<name>.ply`.  `frame`, `pad_sh3`
-    and `prune_opacity` are those of `formats.ply.Layout`; `size` is the video's, in pixels.
+    `export` beside them; in it lie `ply/<name>_0001.ply` … with frames.json, `turntable.mp4`, `contact.png`,
+    `<name>.html` (the viewer in one file) and `web/` (the same for a site).  `fps` and `frames` are by default
+    what the run or the file says, else 24 and 25.  With `time` (0..1) everything shows that moment, and the PLY
+    is one file, `<name>.ply`.  `frame`, `pad_sh3` and `prune_opacity` are those of `formats.ply.Layout`; `size`
+    is the video's, in pixels.
 
     Raises InputError for what cannot be used and ConflictError for a file that exists without `overwrite`;
     both before anything is written.  Every output appears whole or not at all.
