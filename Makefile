@@ -1,8 +1,9 @@
-# make demo: input to 4D asset on this machine.  make test: what CI runs.  Both make .venv first.
+# make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
+# All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-browser lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -16,6 +17,14 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Needs chromium (Debian: apt-get install --no-install-recommends chromium).  Where npm is there, accessibility and the
+# types of the modules are checked too.
+test-browser: venv
+	-! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix build/node axe-core@4.14.1 typescript@7.0.2
+	D2_AXE="$$(ls $(CURDIR)/build/node/node_modules/axe-core/axe.min.js 2>/dev/null)" \
+	D2_TSC="$$(ls $(CURDIR)/build/node/node_modules/.bin/tsc 2>/dev/null)" \
+	$(BIN)/python -m pytest tests/viewer -m 'browser or not browser'
 
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def export(
     path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
-    formats: Annotated[str, typer.Option("--format", help="Comma list of ply, mp4, contact.")] = "ply,mp4,contact",
+    formats: Annotated[
+        str, typer.Option("--format", help="Comma list of ply, mp4, contact, html, web.")
+    ] = "ply,mp4,contact",
     out: Annotated[
         Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
     ] = None,
@@ -35,7 +37,7 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
 ) -> None:
-    """Write a reconstruction as a PLY sequence, a turntable video, a contact sheet."""
+    """Write a reconstruction as a PLY sequence, a turntable video, a contact sheet, a page."""
     from d2.recon.exports import export as export_asset
 
     with _progress(sys.stderr.isatty() and not quiet and not as_json) as progress:

@@ -8,7 +8,7 @@ import typer
 
 from d2.cli import generate as options
 
-EXPORTS = ("ply", "mp4", "contact")
+EXPORTS = ("ply", "mp4", "contact", "html")
 
 
 def run(

@@ -18,6 +18,7 @@ from d2.recon import render
 from d2.recon.formats import ply
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.viewer.write import write_html, write_web
 from d2.run import Run, frame_time, is_run
 
 GAUSSIANS = "gaussians.safetensors"  # the result of a reconstruction, in its folder
@@ -37,6 +38,7 @@ class Source(NamedTuple):
     name: str
     fps: float
     frames: int
+    run: Run | None = None  # that it belongs to
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Clip:
     overwrite: bool
     progress: Progress
     still: bool  # a chosen moment, not a clip
+    folder: Path | None = None  # of the reconstruction
+    run: Run | None = None
 
 
 def export(
@@ -74,10 +78,11 @@ def export(
 
     `source` is a run folder (its newest reconstruction), a reconstruction's folder, its
     gaussians.safetensors or the Gaussians themselves (then `out` is needed).  `out` is by default the folder
-    `export` beside them; in it lie `ply/<name>_0001.ply` … with frames.json, `turntable.mp4` and
-    `contact.png`.  `fps` and `frames` are by default what the run or the file says, else 24 and 25.  With
-    `time` (0..1) everything shows that moment, and the PLY is one file, `<name>.ply`.  `frame`, `pad_sh3`
-    and `prune_opacity` are those of `formats.ply.Layout`; `size` is the video's, in pixels.
+    `export` beside them; in it lie `ply/<name>_0001.ply` … with frames.json, `turntable.mp4`, `contact.png`,
+    `<name>.html` (the viewer in one file) and `web/` (the same for a site).  `fps` and `frames` are by default
+    what the run or the file says, else 24 and 25.  With `time` (0..1) everything shows that moment, and the PLY
+    is one file, `<name>.ply`.  `frame`, `pad_sh3` and `prune_opacity` are those of `formats.ply.Layout`; `size`
+    is the video's, in pixels.
 
     Raises InputError for what cannot be used and ConflictError for a file that exists without `overwrite`;
     both before anything is written.  Every output appears whole or not at all.
@@ -92,6 +97,7 @@ def export(
         found.gaussians, found.name if name is None else name,
         np.array([frame_time(k, count) for k in range(count)] if time is None else [time]),
         fps or found.fps, layout, size, overwrite, progress, time is not None,
+        found.folder, found.run,
     )  # fmt: skip
     ply.check_name(clip.name)
     if len(clip.gaussians) == 0:
@@ -120,7 +126,7 @@ def find(path: str | Path) -> Source:
     fps = run.fps if run else _number(metadata.get("fps", DEFAULT_FPS), f"{label}: fps")
     frames = _number(stage.get("frames", metadata.get("frames", DEFAULT_FRAMES)), f"{label}: frames")
     _check_ranges(fps, int(frames))
-    return Source(gaussians, file.parent, _as_name(file.parent), fps, int(frames))
+    return Source(gaussians, file.parent, _as_name(file.parent), fps, int(frames), run)
 
 
 def file_name(what: str, clip: Clip) -> str:
@@ -129,6 +135,8 @@ def file_name(what: str, clip: Clip) -> str:
         "ply": f"{clip.name}.ply" if clip.still else "ply",
         "mp4": "turntable.mp4",
         "contact": "contact.png",
+        "html": f"{clip.name}.html",
+        "web": "web/index.html",
     }
     return names[what]
 
@@ -171,6 +179,8 @@ FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     "ply": write_ply,
     "mp4": write_turntable,
     "contact": write_contact,
+    "html": write_html,
+    "web": write_web,
 }
 
 

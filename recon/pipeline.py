@@ -17,9 +17,10 @@ import torch
 from d2 import config as configuration
 from d2 import fileio, machine
 from d2.errors import ConflictError, InputError, Stopped
-from d2.recon import checkpoint, dataset, train
+from d2.recon import checkpoint, dataset, metrics_log, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.raster import choose_backend
+from d2.recon.viewer import reference
 from d2.run import Run, is_run
 
 LOG_EVERY = 100  # steps between two lines of metrics.jsonl
@@ -68,12 +69,12 @@ def reconstruct(
 ) -> Reconstruction:
     """Fits 4D Gaussians to a run folder, or to any folder with a transforms.json.
 
-    Writes `<run>/recon/<name>/`: config.yaml, metrics.jsonl, ckpt/ and gaussians.safetensors.  A dataset of the
-    user's own is never written to: its run folder is `out`, by default runs/<dataset name>.  An unfinished
-    reconstruction with the same configuration is resumed, bit for bit on CPU; another one, or a finished one, raises
-    ConflictError unless `overwrite`, which replaces it only after success.  `should_stop()` returns a signal
-    number to end early with everything saved (raises Stopped).  Raises InputError, SetupError, ResourceError,
-    NumericalError; see their docstrings.
+    Writes `<run>/recon/<name>/`: config.yaml, reference/ (pictures for the viewer), metrics.jsonl, ckpt/ and
+    gaussians.safetensors.  A dataset of the user's own is never written to: its run folder is `out`, by default
+    runs/<dataset name>.  An unfinished reconstruction with the same configuration is resumed, bit for bit on CPU;
+    another one, or a finished one, raises ConflictError unless `overwrite`, which replaces it only after success.
+    `should_stop()` returns a signal number to end early with everything saved (raises Stopped).  Raises InputError,
+    SetupError, ResourceError, NumericalError; see their docstrings.
     """
     observer = observer or Observer()
     path = Path(path)
@@ -140,6 +141,7 @@ class _Job:
         self.input = self.data.digest()
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
         state = self._resume() or self._start()
+        reference.save(self.folder, self.data)
         data = self.data.to(self.device)
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames)}
@@ -149,7 +151,7 @@ class _Job:
     def _start(self) -> train.State:
         masks = self.data.has_alpha or self.data.plain_background
         self.observer.message("Carving the visual hull" if masks else "No masks: starting from random points")
-        fileio.remove(self.folder / "metrics.jsonl")
+        fileio.remove(self.folder / metrics_log.NAME)
         return train.start(self.data, self.settings, self.device)
 
     def _resume(self) -> train.State | None:
@@ -164,13 +166,13 @@ class _Job:
                 raise ConflictError(
                     f"{label} was begun on other images or cameras; choose another --name or --overwrite"
                 )
-            fileio.truncate(self.folder / "metrics.jsonl", int(extra["log_bytes"]))
+            fileio.truncate(self.folder / metrics_log.NAME, int(extra["log_bytes"]))
             self.observer.message(f"Resuming at iteration {state.iteration}")
             return state
         return None
 
     def _after_step(self, state: train.State, progress: train.Progress) -> None:
-        log = self.folder / "metrics.jsonl"
+        log = self.folder / metrics_log.NAME
         if progress.validated or state.iteration % LOG_EVERY == 0:
             fileio.append_line(log, json.dumps(_log_record(progress), allow_nan=False))
         self.observer.progress(progress, state.best_psnr)

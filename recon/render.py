@@ -23,6 +23,7 @@ _MOMENTS = tuple(k / 8 for k in range(9))
 _OPAQUE = 0.2  # what is fainter than this at a moment does not count as part of the object then
 _QUANTILE = 0.005  # share of the opaque Gaussians that may lie outside on each side: floaters
 _MARGIN = 1.05
+_DIRECTIONS = 16  # that a distance must fit from
 _MIN_RADIUS = 0.02  # world; keeps the near plane in front of a single tiny Gaussian
 _MAX_SAMPLES = 20_000  # Gaussians looked at a moment
 _INK, _LABEL_WIDTH, _LABEL_HEIGHT, _FONT_SIZE = (60, 60, 60), 44, 20, 12  # of the contact sheet, pixels
@@ -33,6 +34,14 @@ class Framing(NamedTuple):
 
     center: np.ndarray  # [3] world
     radius: float  # world
+
+
+class Distances(NamedTuple):
+    """From what is looked at, world, for a square picture to hold the object."""
+
+    above: float
+    below: float
+    beside: float
 
 
 def render_views(
@@ -68,6 +77,35 @@ def framing(
     times: Sequence[float] | np.ndarray = _MOMENTS,  # [n] in 0..1
 ) -> Framing:
     """Where the object is over the given moments, from quantiles of what is opaque: floaters don't count."""
+    means, sizes = _opaque(gaussians, times)
+    center = np.quantile(means, [_QUANTILE, 1 - _QUANTILE], axis=0).mean(0)
+    reach = np.linalg.norm(means - center, axis=1) + sizes
+    return Framing(center, max(float(np.quantile(reach, 1 - _QUANTILE)), _MIN_RADIUS))
+
+
+def fitting_distances(
+    gaussians: Gaussians4D,
+    center: np.ndarray,  # [3] world, that the cameras look at
+    elevation: float = DEFAULT_ELEVATION,  # rad
+    fov: float = DEFAULT_FOV,  # rad, of a square picture
+    times: Sequence[float] | np.ndarray = _MOMENTS,  # [n] in 0..1
+) -> Distances:
+    """How far from `center` orbit cameras must be so that what `framing` sees fits on each side, from everywhere."""
+    means, sizes = _opaque(gaussians, times)
+    slope, (x, y, z) = math.tan(0.5 * fov), (means - center).T
+    cos, sin = math.cos(elevation), math.sin(elevation)
+    needed = []
+    for azimuth in 2 * np.pi * np.arange(_DIRECTIONS) / _DIRECTIONS:
+        right = x * math.cos(azimuth) + y * math.sin(azimuth)
+        front = x * math.sin(azimuth) - y * math.cos(azimuth)
+        up, near = z * cos - front * sin, z * sin + front * cos
+        across = np.array([up, -up, np.abs(right)]) + sizes
+        needed.append(np.quantile(near + across / slope, 1 - _QUANTILE, axis=1))
+    return Distances(*(max(float(_MARGIN * distance), _MIN_RADIUS) for distance in np.max(needed, axis=0)))
+
+
+def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means [n, 3] and sizes [n] of what is opaque at the given moments, one after the other."""
     step = -(-len(gaussians) // _MAX_SAMPLES)
     some = gaussians.map(lambda tensor: tensor.detach()[::step].cpu())
     moments = [some.at(float(time)) for time in times]
@@ -75,10 +113,7 @@ def framing(
     sizes = np.concatenate([moment.scales.double().amax(-1).numpy() for moment in moments])
     opacities = np.concatenate([moment.opacities.numpy() for moment in moments])
     opaque = opacities >= min(_OPAQUE, 0.5 * float(opacities.max()))
-    means, sizes = means[opaque], sizes[opaque]
-    center = np.quantile(means, [_QUANTILE, 1 - _QUANTILE], axis=0).mean(0)
-    reach = np.linalg.norm(means - center, axis=1) + sizes
-    return Framing(center, max(float(np.quantile(reach, 1 - _QUANTILE)), _MIN_RADIUS))
+    return means[opaque], sizes[opaque]
 
 
 def orbit_rig(

@@ -22,7 +22,7 @@ def test_one_command_makes_everything_and_repeating_it_keeps_what_is_finished(
         except SystemExit as end:
             assert not end.code
         out = capsys.readouterr().out
-        assert [line.split(":")[0] for line in out.splitlines()] == ["ply", "mp4", "contact"]
+        assert [line.split(":")[0] for line in out.splitlines()] == ["ply", "mp4", "contact", "html"]
         manifests.append((tmp_path / "run/run.json").read_text())
     assert manifests[0] == manifests[1]
     assert set(json.loads(manifests[0])["stages"]) >= {"generate", "reconstruct:main"}

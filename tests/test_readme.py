@@ -144,7 +144,12 @@ def place(tmp_path_factory) -> Path:
 def run(words: list[str], place: Path) -> None:
     path = os.pathsep.join([str(place / ".bin"), os.environ["PATH"]])
     done = subprocess.run(
-        words, cwd=place, env=cli_environment() | {"PATH": path}, capture_output=True, text=True, timeout=300
+        words,
+        cwd=place,
+        env=cli_environment() | {"PATH": path, "BROWSER": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{words[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 

@@ -186,3 +186,12 @@ def test_static_gaussians_are_drawn_as_they_are():
     still = moving.at(0.5)
     assert isinstance(still, Gaussians3D)
     np.testing.assert_allclose(view(still, 0.2), view(moving, 0.2, time=0.5), atol=1e-4)
+
+
+def test_fitting_distances_hold_the_object_and_not_much_more():
+    tower = blobs([[0.0, 0, 1], [0.0, 0, -1]], [RED, BLUE], size=0.02)
+    above, below, beside = render.fitting_distances(tower, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    assert above == pytest.approx(below) == pytest.approx(1.05 * 1.02, rel=0.02) and beside < 0.1
+    bar = blobs([[1.0, 0, 0], [-1.0, 0, 0]], [RED, BLUE], size=0.02)
+    above, _, beside = render.fitting_distances(bar, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    assert 1.0 < above < 1.2 and 1.3 < beside < 1.7  # end on, its near end is 1 nearer; turned by 45°, √2 is needed
