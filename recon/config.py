@@ -25,8 +25,12 @@ class ReconstructConfig:
     grow_every: int = option(200, "steps between two rounds of prune and grow", ge=1)
     prune_opacity: float = option(0.01, "a Gaussian fainter than this at its best moment goes", ge=0, lt=1)
 
-    min_scale: float = option(
-        0.0, "least standard deviation, in pixels of a picture that the scene fills: thinner needles show", ge=0, le=100
+    min_scale: float | None = option(
+        None,
+        "least standard deviation, in pixels of a picture that the scene fills, against needles; "
+        "default 0.5 where a model made the pictures, else 0",
+        ge=0,
+        le=100,
     )
 
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)

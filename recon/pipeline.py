@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ FIRST_USE = {
     "gsplat": "its kernels build on first use, one or two minutes",
 }
 MODEL = "gaussians.safetensors"
+GENERATED_MIN_SCALE = 0.5  # pixels; a matrix that disagrees with itself grows needles, which cost 0.1 dB to forbid
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def reconstruct(
     """
     observer = observer or Observer()
     path = Path(path)
-    settings = configuration.load(ReconstructConfig, preset, sets=sets)
+    settings = _settled(configuration.load(ReconstructConfig, preset, sets=sets), path)
     place = machine.choose_device(device)
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
@@ -216,6 +217,14 @@ def _require_finished_input(path: Path) -> None:
             " the images"
         )
     source.require_intact("generate")
+
+
+def _settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
+    """With the defaults that depend on where the pictures come from."""
+    if settings.min_scale is not None:
+        return settings
+    stage = Run.open(path).stage("generate") if is_run(path) else None
+    return replace(settings, min_scale=GENERATED_MIN_SCALE if stage and "models" in stage else 0.0)
 
 
 def _target(run: Run, folder: Path, stage: str, settings: ReconstructConfig, overwrite: bool) -> Path:

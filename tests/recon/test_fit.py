@@ -295,3 +295,18 @@ def test_a_users_dataset_is_never_written_to(run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = fit(source, None)
     assert sorted(source.rglob("*")) == before and result.folder.parts[:2] == ("runs", "mine")
+
+
+def test_no_needle_is_thinner_than_the_floor(run_folder):
+    data = dataset.load(run_folder)
+    config = load(ReconstructConfig, TINY | {"min_scale": 0.5})
+    state = train.start(data, config, "cpu")
+    floor = 0.5 * 2 * state.half_side / SIZE
+    train.fit(state, data, config)
+    assert float(state.gaussians.log_scales.detach().exp().min()) >= floor * (1 - 1e-5)
+
+
+def test_only_what_a_model_made_has_a_floor_by_default(finished, run_folder):
+    assert pipeline._settled(ReconstructConfig(), finished).min_scale == 0.5
+    assert pipeline._settled(ReconstructConfig(), run_folder).min_scale == 0
+    assert pipeline._settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
