@@ -15,7 +15,7 @@ import numpy as np
 from d2 import fileio, images
 from d2.errors import ConflictError, InputError
 from d2.recon import render
-from d2.recon.formats import ply
+from d2.recon.formats import ply, sequence
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
 from d2.run import Run, frame_time, is_run
@@ -93,7 +93,7 @@ def export(
         np.array([frame_time(k, count) for k in range(count)] if time is None else [time]),
         fps or found.fps, layout, size, overwrite, progress, time is not None,
     )  # fmt: skip
-    ply.check_name(clip.name)
+    sequence.check_name(clip.name)
     if len(clip.gaussians) == 0:
         raise InputError("nothing to export: there are no Gaussians")
     targets = {what: folder / file_name(what, clip) for what in wanted}
@@ -252,7 +252,7 @@ def _output_folder(out: str | Path | None, found: Source) -> Path:
 
 def _check_free(target: Path, overwrite: bool) -> None:
     if target.suffix == "":
-        ply.check_replaceable(target, overwrite)
+        sequence.check_replaceable(target, overwrite)
     elif target.is_dir():
         raise InputError(f"{fileio.quoted(target)} is a folder; choose another --out")
     elif os.path.lexists(target) and not overwrite:
