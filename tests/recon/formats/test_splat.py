@@ -10,7 +10,7 @@ from d2.recon.formats import splat
 from d2.recon.formats.frames import to_frame
 from d2.recon.gaussians import Gaussians3D
 
-BOUNDS = {"opacity": 0.002, "dc": 0.00701, "turn": 3e-4}
+BOUNDS = {"opacity": 0.002, "dc": 0.00701, "turn": 1.2e-3}
 
 
 def shown(g: Gaussians3D) -> Gaussians3D:

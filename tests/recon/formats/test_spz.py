@@ -15,7 +15,7 @@ from d2.recon.formats import spz
 from d2.recon.formats.frames import to_frame
 from d2.recon.gaussians import Gaussians3D
 
-BOUNDS = {"mean": 1.3e-4, "log_scale": 0.0316, "opacity": 0.002, "dc": 0.0132, "rest": 0.004, "turn": 4e-6}
+BOUNDS = {"mean": 1.3e-4, "log_scale": 0.0316, "opacity": 0.002, "dc": 0.0132, "rest": 0.004, "turn": 2e-5}
 
 
 def test_200_random_sets_come_back_within_the_bounds_of_the_format(tmp_path):
