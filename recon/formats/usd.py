@@ -183,7 +183,7 @@ def _package(stage: Any, temporary: Path, name: str) -> None:
     try:
         if not stage.GetRootLayer().Export(str(crate)):
             raise OSError("usd-core could not write it")
-        writer = pxr.Usd.ZipFileWriter.CreateNew(str(temporary))
+        writer = pxr.Sdf.ZipFileWriter.CreateNew(str(temporary))
         with writer:
             writer.AddFile(str(crate), f"{pxr.Tf.MakeValidIdentifier(name)}.usdc")
     finally:

@@ -61,7 +61,7 @@ def test_4dgs_is_read_back_with_the_same_motion_at_every_moment(tmp_path):
         # the container orders as it likes: match by the nearest mean
         distance = np.linalg.norm(state["centers"][:, None] - expected.means.numpy()[None], axis=-1)
         nearest = distance.argmin(1)
-        assert len(set(nearest)) == len(nearest) and distance.min(1).max() < 2e-3
-        np.testing.assert_allclose(state["opacity"], expected.opacities[nearest], atol=0.01)
+        assert len(set(nearest)) == len(nearest) and distance.min(1).max() < 0.012  # its default grid
+        np.testing.assert_allclose(state["opacity"], expected.opacities[nearest], atol=0.03)
         missing = set(range(40)) - set(nearest.tolist())
         assert all(float(expected.opacities[k]) < 0.01 for k in missing)
