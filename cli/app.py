@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import bench, doctor, export, generate, reconstruct, run, train
+from d2.cli import bench, convert, doctor, export, generate, info, reconstruct, run, train
 from d2.errors import D2Error
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command()(run.run)
 app.command()(generate.generate)
 app.command()(reconstruct.reconstruct)
 app.command()(export.export)
+app.command()(convert.convert)
+app.command()(info.info)
 app.add_typer(bench.app, name="bench")
 app.command()(train.train)
 app.command()(doctor.doctor)

@@ -58,14 +58,8 @@ def read(path: str | Path, frame: float | None = None) -> Gaussians3D:
 
     Raises InputError for a file that cannot be opened or holds none.
     """
-    pxr = _pxr()
-    label = fileio.quoted(path)
-    if not Path(path).is_file():
-        raise InputError(f"{label} does not exist")
-    try:
-        stage = pxr.Usd.Stage.Open(str(path))
-    except pxr.Tf.ErrorException as error:
-        raise InputError(f"{label} is not a readable USD file") from error
+    pxr, label = _pxr(), fileio.quoted(path)
+    stage = _opened(path)
     prim = next((p for p in stage.Traverse() if p.IsA(pxr.UsdVol.ParticleField3DGaussianSplat)), None)
     if prim is None:
         raise InputError(f"{label} holds no ParticleField3DGaussianSplat")
@@ -84,6 +78,22 @@ def read(path: str | Path, frame: float | None = None) -> Gaussians3D:
     found = Values(means, quats, array(splat.GetScalesAttr()), array(splat.GetOpacitiesAttr()), sh)
     up = str(pxr.UsdGeom.GetStageUpAxis(stage)).lower()
     return from_frame(values.gaussians(found, label), "world" if up == "z" else "rub")
+
+
+def playback(path: str | Path) -> tuple[int, float]:
+    """How many frames a USD file plays, and how many a second. Raises InputError."""
+    stage = _opened(path)
+    return max(1, round(stage.GetEndTimeCode() - stage.GetStartTimeCode()) + 1), stage.GetTimeCodesPerSecond()
+
+
+def _opened(path: str | Path) -> Any:
+    pxr, label = _pxr(), fileio.quoted(path)
+    if not Path(path).is_file():
+        raise InputError(f"{label} does not exist")
+    try:
+        return pxr.Usd.Stage.Open(str(path))
+    except pxr.Tf.ErrorException as error:
+        raise InputError(f"{label} is not a readable USD file") from error
 
 
 def _pxr() -> Any:
