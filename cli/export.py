@@ -10,26 +10,37 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from d2.errors import InputError
+
 if TYPE_CHECKING:
+    from typing import Literal
+
     from d2.recon.exports import Progress
     from d2.recon.formats.frames import Frame
 
 
+_FORMATS = "ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, mp4, contact, html, web"
+
+
 def export(
     path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
-    formats: Annotated[
-        str, typer.Option("--format", help="Comma list of ply, mp4, contact, html, web.")
-    ] = "ply,mp4,contact",
+    formats: Annotated[str, typer.Option("--format", help=f"Comma list of {_FORMATS}.")] = "ply,mp4,contact",
     out: Annotated[
         Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
     ] = None,
     time: Annotated[float | None, typer.Option(help="One moment, 0 to 1, instead of the whole clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; default: the run's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the clip; default: the run's.")] = None,
+    frames: Annotated[
+        str | None, typer.Option(help="Frames of the clip, or a part first:end of them (0:25); default: the run's.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What PLY files begin with; default: the run's name.")] = None,
     frame: Annotated[
         str, typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up).")
     ] = "rdf",
+    up: Annotated[str | None, typer.Option(help="y or z, in all files; default: each format's custom.")] = None,
+    height: Annotated[float | None, typer.Option(help="Metres: scales the asset to that height.")] = None,
+    pivot: Annotated[str, typer.Option(help="The origin: none (as it is), ground (the feet) or center.")] = "none",
+    forward: Annotated[str, typer.Option(help="Where the front looks with z up: -y, x, y or -x.")] = "-y",
     pad_sh3: Annotated[bool, typer.Option("--pad-sh3", help="Fill colour up to degree 3 (Houdini, Adobe).")] = False,
     prune_opacity: Annotated[float, typer.Option(help="Leave out what is fainter, 0 to 1; N then varies.")] = 0.0,
     size: Annotated[int, typer.Option(help="Width and height of the video in pixels.")] = 512,
@@ -37,13 +48,17 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
 ) -> None:
-    """Write a reconstruction as a PLY sequence, a turntable video, a contact sheet, a page."""
+    """Write a reconstruction in the formats other programs open: splats, USD, a page, a turntable video."""
     from d2.recon.exports import export as export_asset
+    from d2.recon.placement import Placement
+
+    count, span = _frames(frames)
 
     with _progress(sys.stderr.isatty() and not quiet and not as_json) as progress:
         written = export_asset(
-            path, formats.split(","), out, fps=fps, frames=frames, time=time, name=name,
-            overwrite=overwrite, frame=cast("Frame", frame), pad_sh3=pad_sh3,
+            path, formats.split(","), out, fps=fps, frames=count, span=span, time=time, name=name,
+            overwrite=overwrite, up=cast('Literal["y", "z"] | None', up),
+            placement=Placement(height, pivot, forward), frame=cast("Frame", frame), pad_sh3=pad_sh3,
             prune_opacity=prune_opacity, size=size, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -53,6 +68,17 @@ def export(
     elif not quiet:
         for what, target in written.items():
             typer.echo(f"{what}: {target}")
+
+
+def _frames(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
+    """What --frames says: how many, or which part of them."""
+    if text is None:
+        return None, None
+    first, colon, end = text.partition(":")
+    try:
+        return (None, (int(first or 0), int(end))) if colon else (int(text), None)
+    except ValueError as error:
+        raise InputError(f"--frames must be a number or first:end, got {text!r}") from error
 
 
 @contextlib.contextmanager

@@ -217,14 +217,18 @@ def read_bytes(path: str | Path, cap: int) -> bytes:
 
 def read_json(path: str | Path, cap: int = JSON_CAP) -> Any:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, bounded nesting. Raises InputError."""
-    data = read_bytes(path, cap)
+    return parse_json(read_bytes(path, cap), quoted(path))
+
+
+def parse_json(data: bytes, label: str) -> Any:
+    """The value of a JSON text, under the rules of read_json; `label` names it in the message."""
     try:
         value = json.loads(
             data.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{quoted(path)} is not valid JSON: {str(error) or 'nested too deeply'}") from error
-    _check_nesting(value, path)
+        raise InputError(f"{label} is not valid JSON: {str(error) or 'nested too deeply'}") from error
+    _check_nesting(value, label)
     return value
 
 
@@ -322,7 +326,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_nesting(value: Any, path: str | Path) -> None:
+def _check_nesting(value: Any, label: str) -> None:
     """Bounds the depth, and refuses containers that occur twice: YAML aliases write 10^9 values in ten lines."""
     seen: set[int] = set()
     level = [value]
@@ -330,12 +334,12 @@ def _check_nesting(value: Any, path: str | Path) -> None:
         containers = [v for v in level if isinstance(v, dict | list)]
         ids = {id(v) for v in containers}
         if len(ids) < len(containers) or ids & seen:
-            raise InputError(f"{quoted(path)} uses YAML aliases; write the values out")
+            raise InputError(f"{label} uses YAML aliases; write the values out")
         seen |= ids
         level = [c for v in containers for c in (v.values() if isinstance(v, dict) else v)]
         if not level:
             return
-    raise InputError(f"{quoted(path)} is nested deeper than {MAX_NESTING} levels")
+    raise InputError(f"{label} is nested deeper than {MAX_NESTING} levels")
 
 
 def _check_safetensors_header(path: Path, cap: int) -> None:

@@ -1,44 +1,31 @@
-"""From a reconstruction to files other programs open: PLY sequence, turntable video, contact sheet."""
+"""From a reconstruction to files other programs open: splats in many formats, turntable video, contact sheet."""
 
 from __future__ import annotations
 
-import math
+import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from d2 import fileio, images
 from d2.errors import ConflictError, InputError
 from d2.recon import render
-from d2.recon.formats import ply
+from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.placement import Placement, place
+from d2.recon.sources import DEFAULT_FPS, DEFAULT_FRAMES, Source, check_playback, find
 from d2.recon.viewer.write import write_html, write_web
-from d2.run import Run, frame_time, is_run
+from d2.run import Run, frame_time
 
-GAUSSIANS = "gaussians.safetensors"  # the result of a reconstruction, in its folder
-STAGE_PREFIX = "reconstruct:"
-DEFAULT_FPS, DEFAULT_FRAMES = 24.0, 25
-MAX_FRAMES = 100_000
 CONTACT_COLUMNS = 6  # at most
 
 Progress = Callable[[str, int, int], None]  # format, done, total
-
-
-class Source(NamedTuple):
-    """A reconstruction found on disk, and how it plays."""
-
-    gaussians: Gaussians4D
-    folder: Path | None  # the one that holds gaussians.safetensors
-    name: str
-    fps: float
-    frames: int
-    run: Run | None = None  # that it belongs to
+_UNMOVED = Placement()
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,8 @@ class Clip:
     overwrite: bool
     progress: Progress
     still: bool  # a chosen moment, not a clip
+    frame: Frame | None  # the axes that --up asks for; None: those of each format's custom
+    length: int  # frames of the whole clip
     folder: Path | None = None  # of the reconstruction
     run: Run | None = None
 
@@ -65,10 +54,13 @@ def export(
     *,
     fps: float | None = None,
     frames: int | None = None,
+    span: tuple[int, int] | None = None,
     time: float | None = None,
     name: str | None = None,
     overwrite: bool = False,
     frame: Frame = "rdf",
+    up: Literal["y", "z"] | None = None,
+    placement: Placement = _UNMOVED,
     pad_sh3: bool = False,
     prune_opacity: float = 0.0,
     size: int = 512,
@@ -78,83 +70,114 @@ def export(
 
     `source` is a run folder (its newest reconstruction), a reconstruction's folder, its
     gaussians.safetensors or the Gaussians themselves (then `out` is needed).  `out` is by default the folder
-    `export` beside them; in it lie `ply/<name>_0001.ply` … with frames.json, `turntable.mp4`, `contact.png`,
-    `<name>.html` (the viewer in one file) and `web/` (the same for a site).  `fps` and `frames` are by default
-    what the run or the file says, else 24 and 25.  With `time` (0..1) everything shows that moment, and the PLY
-    is one file, `<name>.ply`.  `frame`, `pad_sh3` and `prune_opacity` are those of `formats.ply.Layout`; `size`
-    is the video's, in pixels.
+    `export` beside them.  Formats without motion (ply, spz, splat, glb) become a folder each with
+    `<name>_0001.ply` … and frames.json; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
+    then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).
+    `fps` and `frames` are by default what the run or the file says, else 24 and 25;
+    `span` (first, end) writes a part of those frames.  With `time` (0..1) everything shows
+    that moment, as one file a format; splatv and 4dgs hold the whole motion always.  `placement` is the same
+    for all; `up` overrides the custom of each format (GLB is y-up always), `frame` that of PLY and .splat alone.
+    `pad_sh3` and `prune_opacity` are those of `formats.ply.Layout`; `size` is the video's, in pixels.
 
     Raises InputError for what cannot be used and ConflictError for a file that exists without `overwrite`;
     both before anything is written.  Every output appears whole or not at all.
     """
     wanted = _known(formats)
-    _check_ranges(fps, frames, time, size)
-    layout = ply.Layout(frame, pad_sh3, prune_opacity)
+    check_playback(fps, frames)
+    _check_ranges(time, size, span, up)
+    axes: Frame | None = None if up is None else "world" if up == "z" else "rub"
+    layout = ply.Layout(axes or frame, pad_sh3, prune_opacity)
     found = _in_memory(source) if isinstance(source, Gaussians4D) else find(source)
     folder = _output_folder(out, found)
     count = frames or found.frames
-    clip = Clip(
-        found.gaussians, found.name if name is None else name,
-        np.array([frame_time(k, count) for k in range(count)] if time is None else [time]),
-        fps or found.fps, layout, size, overwrite, progress, time is not None,
-        found.folder, found.run,
-    )  # fmt: skip
-    ply.check_name(clip.name)
-    if len(clip.gaussians) == 0:
+    if len(found.gaussians) == 0:
         raise InputError("nothing to export: there are no Gaussians")
+    times = _moments(time, count, span)
+    clip = Clip(
+        place(found.gaussians, times, placement), found.name if name is None else name, times, fps or found.fps,
+        layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
+    )  # fmt: skip
+    sequence.check_name(clip.name)
     targets = {what: folder / file_name(what, clip) for what in wanted}
     for target in targets.values():
         _check_free(target, overwrite)
-    if "ply" in wanted:
-        each = clip.layout.bytes_per_gaussian(clip.gaussians.sh_degree) * len(clip.gaussians)
-        fileio.require_space(folder, each * len(clip.times))
+    fileio.require_space(folder, _least_bytes(wanted, clip))
     for what, target in targets.items():
         FORMATS[what](clip, target)
     return targets
 
 
-def find(path: str | Path) -> Source:
-    """The reconstruction that `path` names, read and checked.
+def _beside(found: Source, placement: Placement) -> tuple[Path | None, Run | None]:
+    """Folder and run whose cameras and pictures the page shows; none once the asset is placed elsewhere."""
+    return (found.folder, found.run) if placement == _UNMOVED else (None, None)
 
-    Raises InputError for what is none and ConflictError for a run that has not got so far.
-    """
-    file = _gaussians_file(Path(path))
-    gaussians, metadata = Gaussians4D.load_with_metadata(file)
-    run = _run_of(file.parent)
-    stage = (run.stage("generate") if run else None) or {}
-    label = fileio.quoted(file)
-    fps = run.fps if run else _number(metadata.get("fps", DEFAULT_FPS), f"{label}: fps")
-    frames = _number(stage.get("frames", metadata.get("frames", DEFAULT_FRAMES)), f"{label}: frames")
-    _check_ranges(fps, int(frames))
-    return Source(gaussians, file.parent, _as_name(file.parent), fps, int(frames), run)
+
+def _least_bytes(wanted: Sequence[str], clip: Clip) -> int:
+    """About what the sequences take; SPZ is smaller after gzip."""
+    rest = 4 * 3 * (clip.gaussians.sh.shape[1] - 1)
+    sizes = {"ply": clip.layout.bytes_per_gaussian(clip.gaussians.sh_degree), "glb": MOMENTS["glb"] + rest, "splat": 32}
+    return sum(sizes.get(what, 0) for what in wanted) * len(clip.gaussians) * len(clip.times)
 
 
 def file_name(what: str, clip: Clip) -> str:
     """Where a format goes within the export folder."""
-    names = {
-        "ply": f"{clip.name}.ply" if clip.still else "ply",
+    if what in MOMENTS:
+        return f"{clip.name}.{what}" if clip.still else what
+    named = {
         "mp4": "turntable.mp4",
         "contact": "contact.png",
-        "html": f"{clip.name}.html",
         "web": "web/index.html",
+        "usd-points": f"{clip.name}_points.usd",
     }
-    return names[what]
+    return named.get(what, f"{clip.name}.{what}")
 
 
 # -- formats ---------------------------------------------------------------------------------------------
 
 
-def write_ply(clip: Clip, target: Path) -> None:
-    """One file for a moment, a folder for a clip."""
+def write_moments(clip: Clip, target: Path, what: str) -> None:
+    """One file for a moment, a numbered folder for a clip, in a format that knows no motion."""
+
+    def encode(time: float) -> bytes:
+        moment, frame = clip.gaussians.at(time), clip.layout.frame
+        match what:
+            case "ply":
+                return ply.encode(moment, clip.layout, [f"time {time:.9g}"])
+            case "spz":
+                return spz.encode(moment, clip.frame or "rub")
+            case "splat":
+                return splat.encode(moment, clip.frame or frame)
+            case _:
+                return glb.encode(moment)
+
     if clip.still:
-        time = float(clip.times[0])
-        ply.write(clip.gaussians.at(time), target, clip.layout, [f"time {time:.9g}"])
-        clip.progress("ply", 1, 1)
+        fileio.atomic_write(target, encode(float(clip.times[0])))
+        clip.progress(what, 1, 1)
         return
-    ply.write_sequence(
-        clip.gaussians, target, clip.name, clip.times, clip.fps, clip.layout, overwrite=clip.overwrite,
-        progress=lambda done, total: clip.progress("ply", done, total),
+    sequence.write(
+        encode, target, clip.name, f".{what}", clip.times, clip.fps, overwrite=clip.overwrite,
+        progress=lambda done, total: clip.progress(what, done, total),
     )  # fmt: skip
+
+
+def write_usd(clip: Clip, target: Path, what: str = "usd") -> None:
+    """One file for clip and moment alike."""
+    usd.write(
+        clip.gaussians, target, clip.times, clip.fps, up="z" if clip.frame == "world" else "y", name=clip.name,
+        points=what == "usd-points", progress=lambda done, total: clip.progress(what, done, total),
+    )  # fmt: skip
+
+
+def write_splatv(clip: Clip, target: Path) -> None:
+    """The whole motion; the page plays it from 0 to 1."""
+    splatv.write(clip.gaussians, target, clip.frame or "rdf")
+    clip.progress("splatv", 1, 1)
+
+
+def write_4dgs(clip: Clip, target: Path) -> None:
+    """The whole motion, over as many seconds as the clip takes."""
+    fourdgs.write(clip.gaussians, target, clip.length, clip.fps, clip.frame or "rub")
+    clip.progress("4dgs", 1, 1)
 
 
 def write_turntable(clip: Clip, target: Path) -> None:
@@ -175,8 +198,12 @@ def write_contact(clip: Clip, target: Path) -> None:
     images.write_png(target, sheet)
 
 
+MOMENTS = {"ply": 68, "spz": 20, "splat": 32, "glb": 88}  # formats without motion: bytes a Gaussian at degree 0
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
-    "ply": write_ply,
+    **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
+    **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},
+    "splatv": write_splatv,
+    "4dgs": write_4dgs,
     "mp4": write_turntable,
     "contact": write_contact,
     "html": write_html,
@@ -193,54 +220,8 @@ def _counted(pictures: Iterator[np.ndarray], total: int, progress: Progress) -> 
 # -- what to read and where to write ---------------------------------------------------------------------
 
 
-def _gaussians_file(path: Path) -> Path:
-    label = fileio.quoted(path)
-    if not path.is_dir():
-        if path.exists() and path.suffix != ".safetensors":
-            raise InputError(f"{label} is neither a run folder nor a {GAUSSIANS}")
-        return path  # a missing file gets its message where it is read
-    if (path / GAUSSIANS).is_file():
-        return path / GAUSSIANS
-    if is_run(path):
-        stages = [stage for stage in Run.open(path).manifest["stages"] if stage.startswith(STAGE_PREFIX)]
-        if stages:  # the newest is last: a stage that is done again is dropped first
-            return fileio.inside(path, f"recon/{stages[-1].removeprefix(STAGE_PREFIX)}/{GAUSSIANS}")
-    finished = sorted(path.glob(f"recon/*/{GAUSSIANS}"))
-    if len(finished) > 1:
-        names = ", ".join(fileio.quoted(file.parent) for file in finished[:3])
-        raise InputError(f"{label} holds {len(finished)} reconstructions; name one of them: {names}")
-    if finished:
-        return finished[0]
-    if is_run(path):
-        raise ConflictError(f"{label} has no finished reconstruction; run: d2 reconstruct {label}")
-    raise InputError(f"{label} is neither a run folder nor a reconstruction: no run.json, no {GAUSSIANS}")
-
-
-def _run_of(folder: Path) -> Run | None:
-    """The run that a reconstruction's folder (<run>/recon/<name>) belongs to."""
-    recon = folder.absolute().parent
-    return Run.open(recon.parent) if recon.name == "recon" and is_run(recon.parent) else None
-
-
-def _number(value: object, what: str) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{what} must be a number, got {value!r}")
-    return number
-
-
 def _in_memory(gaussians: Gaussians4D) -> Source:
     return Source(gaussians, None, "asset", DEFAULT_FPS, DEFAULT_FRAMES)
-
-
-def _as_name(folder: Path) -> str:
-    """What files of a reconstruction's folder, <asset>/recon/<name> by custom, are called."""
-    folder = folder.absolute()
-    asset = folder.parent.parent if folder.parent.name == "recon" else folder
-    return re.sub(r'[\0-\x1f/\\:*?"<>|]', "_", asset.name).lstrip(".- ")[:100] or "asset"
 
 
 def _output_folder(out: str | Path | None, found: Source) -> Path:
@@ -262,7 +243,7 @@ def _output_folder(out: str | Path | None, found: Source) -> Path:
 
 def _check_free(target: Path, overwrite: bool) -> None:
     if target.suffix == "":
-        ply.check_replaceable(target, overwrite)
+        sequence.check_replaceable(target, overwrite)
     elif target.is_dir():
         raise InputError(f"{fileio.quoted(target)} is a folder; choose another --out")
     elif os.path.lexists(target) and not overwrite:
@@ -277,18 +258,23 @@ def _known(formats: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _check_ranges(
-    fps: float | None,
-    frames: int | None,
-    time: float | None = None,
-    size: int = 512,
-) -> None:
+def _check_ranges(time: float | None, size: int, span: tuple[int, int] | None, up: str | None) -> None:
     checks = [
-        ("fps", fps, fps is None or 0 < fps <= 1000, "0..1000"),
-        ("frames", frames, frames is None or 1 <= frames <= MAX_FRAMES, f"1..{MAX_FRAMES}"),
         ("time", time, time is None or 0 <= time <= 1, "0..1"),
         ("size", size, 16 <= size <= 4096, "16..4096 pixels"),
+        ("frames", span, span is None or 0 <= span[0] < span[1], "first:end, counted from 0"),
+        ("up", up, up in (None, "y", "z"), "y, z"),
     ]
     for what, value, good, expected in checks:
         if not good:
             raise InputError(f"{what} must be in {expected}, got {value!r}")
+
+
+def _moments(time: float | None, frames: int, span: tuple[int, int] | None) -> np.ndarray:
+    """The times [F] that are written: one, all frames of the clip, or those of `span` (its end excluded)."""
+    if time is not None:
+        return np.array([time])
+    times = np.array([frame_time(k, frames) for k in range(frames)])
+    if span is not None and span[1] > frames:
+        raise InputError(f"frames {span[0]}:{span[1]} are not in the clip, which has {frames}")
+    return times if span is None else times[slice(*span)]

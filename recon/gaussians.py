@@ -22,6 +22,7 @@ from d2.recon.raster.reference import slice_at
 
 MAX_GAUSSIANS = 50_000_000
 FORMAT = "d2-gaussians-4d-1"
+STILL_LOG_DURATION = 20.0  # ln: five hundred million clips
 OPACITY_LOGIT_LIMIT = 15.0  # sigmoid rounds to 1 beyond it in float32
 
 
@@ -70,6 +71,21 @@ class Gaussians4D:
     def map(self, function) -> Self:
         """A new set with `function` applied to every tensor (indexing, .to, .clone, …)."""
         return type(self)(**{name: function(tensor) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def still(cls, moment: Gaussians3D) -> Self:
+        """A set that shows `moment` at every time."""
+        zeros = torch.zeros_like(moment.opacities)
+        return cls(
+            means=moment.means,
+            velocities=torch.zeros_like(moment.means),
+            times=zeros,
+            log_durations=zeros + STILL_LOG_DURATION,
+            quats=moment.quats,
+            log_scales=moment.scales.log(),
+            opacity_logits=torch.logit(moment.opacities).clamp(-OPACITY_LOGIT_LIMIT, OPACITY_LOGIT_LIMIT),
+            sh=moment.sh,
+        )
 
     def at(self, t: float | Tensor) -> Gaussians3D:
         """The 3D Gaussians at time t; N and order are the same for every t."""

@@ -116,6 +116,16 @@ def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tupl
     return means[opaque], sizes[opaque]
 
 
+def bounds(
+    gaussians: Gaussians4D,
+    times: Sequence[float] | np.ndarray = _MOMENTS,  # [n] in 0..1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner [3] of the object over the given moments, as `framing` looks at it."""
+    means, sizes = _opaque(gaussians, times)
+    low = np.quantile(means - sizes[:, None], _QUANTILE, axis=0)
+    return low, np.quantile(means + sizes[:, None], 1 - _QUANTILE, axis=0)
+
+
 def orbit_rig(
     radius: float,  # world, of the sphere to be seen
     azimuths: np.ndarray,  # [n] rad
@@ -191,6 +201,18 @@ def contact_sheet(
         progress(index + 1, len(every))
     _label(sheet, times, azimuths, tile)
     return np.asarray(sheet)
+
+
+def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means [n, 3] and largest scales [n] of what is opaque at any of the moments."""
+    step = -(-len(gaussians) // _MAX_SAMPLES)
+    some = gaussians.map(lambda tensor: tensor.detach()[::step].cpu())
+    moments = [some.at(float(time)) for time in times]
+    means = np.concatenate([moment.means.double().numpy() for moment in moments])
+    sizes = np.concatenate([moment.scales.double().amax(-1).numpy() for moment in moments])
+    opacities = np.concatenate([moment.opacities.numpy() for moment in moments])
+    opaque = opacities >= min(_OPAQUE, 0.5 * float(opacities.max()))
+    return means[opaque], sizes[opaque]
 
 
 def _drawn(gaussians: Gaussians4D | Gaussians3D) -> tuple[dict[str, Any], Motion | None]:

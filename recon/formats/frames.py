@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2.camera import TO_RDF, TO_Y_UP
-from d2.recon.gaussians import Gaussians3D, quaternions
+from d2.recon.gaussians import Gaussians3D, Gaussians4D, quaternions
 from d2.recon.raster import sh as spherical
 
 Frame = Literal["rdf", "rub", "world"]
@@ -43,6 +44,29 @@ def rotate(
         scales=gaussians.scales,
         opacities=gaussians.opacities,
         sh=rotate_sh(gaussians.sh, rotation),
+    )
+
+
+def move(
+    gaussians: Gaussians4D,
+    rotation: np.ndarray,  # [3, 3], p' = scale rotation p + offset
+    scale: float = 1.0,
+    offset: np.ndarray | None = None,  # [3]
+) -> Gaussians4D:
+    """The same motion turned, scaled and moved: colours turn along, as in `rotate`."""
+    g = gaussians
+    R = torch.as_tensor(rotation, dtype=g.means.dtype, device=g.means.device)
+    shift = torch.as_tensor(np.zeros(3) if offset is None else offset, dtype=g.means.dtype, device=g.means.device)
+    still = np.array_equal(rotation, np.eye(3))
+    return Gaussians4D(
+        means=scale * g.means @ R.T + shift,
+        velocities=scale * g.velocities @ R.T,
+        times=g.times,
+        log_durations=g.log_durations,
+        quats=g.quats if still else _product(quaternions(R[None]), g.quats),
+        log_scales=g.log_scales + math.log(scale),
+        opacity_logits=g.opacity_logits,
+        sh=g.sh if still else rotate_sh(g.sh, rotation),
     )
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,20 +18,19 @@ import numpy as np
 import torch
 
 from d2 import __version__, fileio
-from d2.errors import ConflictError, InputError, NumericalError
+from d2.errors import InputError, NumericalError
+from d2.recon.formats import sequence
 from d2.recon.formats.frames import FROM_WORLD, Frame, from_frame, to_frame
+from d2.recon.formats.values import MAX_SCALE, MIN_SCALE
 from d2.recon.gaussians import MAX_GAUSSIANS, OPACITY_LOGIT_LIMIT, Gaussians3D, Gaussians4D
 from d2.recon.raster import sh as spherical
 
-MANIFEST = "frames.json"  # beside the files of a sequence; its presence says that the sequence is whole
 HEADER_CAP = 64 << 10  # bytes
-MIN_SCALE, MAX_SCALE = 1e-12, 1e12  # world; their squares stay normal float32 numbers in every viewer
 _REST = {0: 0, 9: 1, 24: 2, 45: 3}  # f_rest properties -> degree
 _SIZES = {
     "char": 1, "int8": 1, "uchar": 1, "uint8": 1, "short": 2, "int16": 2, "ushort": 2, "uint16": 2,
     "int": 4, "int32": 4, "uint": 4, "uint32": 4, "float": 4, "float32": 4, "double": 8, "float64": 8,
 }  # fmt: skip
-_NAME = re.compile(r'[^\0-\x20/\\:*?"<>|.-][^\0-\x1f/\\:*?"<>|]{0,199}')
 _FORMATS = ("ascii", "binary_little_endian", "binary_big_endian")
 _FIXED = [
     "x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
@@ -102,55 +99,17 @@ def write_sequence(
     layout: Layout = _DEFAULT,
     *,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: sequence.Progress = lambda done, total: None,
 ) -> Path:
-    """Writes `<name>_0001.ply` … and frames.json into `folder`, which appears whole or not at all.
+    """Writes `<name>_0001.ply` … and frames.json into `folder`, as `sequence.write` does, with its errors.
 
-    Every file holds the same Gaussians in the same order unless the layout prunes.  Raises
-    ConflictError when `folder` exists and is not to be overwritten, or was not written by this function.
+    Every file holds the same Gaussians in the same order unless the layout prunes.
     """
-    folder = Path(folder)
-    check_replaceable(folder, overwrite)
-    check_name(name)
-    _check_clip(times, fps)
-    digits = max(4, len(str(len(times))))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    entries = []
-    try:
-        for index, time in enumerate(times):
-            file = f"{name}_{index + 1:0{digits}d}.ply"
-            write(gaussians.at(float(time)), temporary / file, layout, [f"time {float(time):.9g}"])
-            entries.append({"file": file, "time": float(time)})
-            progress(index + 1, len(times))
-        fileio.write_json(temporary / MANIFEST, {"fps": fps, "frames": entries})
-        fileio.swap_folder(temporary, folder)
-    finally:
-        fileio.remove(temporary)
-    return folder
 
+    def one(time: float) -> bytes:
+        return encode(gaussians.at(time), layout, [f"time {time:.9g}"])
 
-def check_replaceable(folder: str | Path, overwrite: bool) -> None:
-    """Raises ConflictError unless a sequence may be put at `folder`; a foreign folder is never replaced."""
-    folder = Path(folder)
-    if not os.path.lexists(folder):
-        return
-    if not (folder / MANIFEST).is_file():
-        raise ConflictError(f"{fileio.quoted(folder)} is not a sequence that d2 wrote; choose another --out")
-    if not overwrite:
-        raise ConflictError(f"{fileio.quoted(folder)} exists; pass --overwrite or choose another --out")
-
-
-def check_name(name: str) -> None:
-    """Raises InputError unless files may be called `name` and something, on any system."""
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r} cannot be the beginning of a file name; pass another --name")
-
-
-def _check_clip(times: Sequence[float] | np.ndarray, fps: float) -> None:
-    if len(times) == 0 or not all(0 <= float(time) <= 1 for time in times):
-        raise InputError("a sequence needs at least one time, each in 0..1")
-    if not 0 < fps <= 1000:
-        raise InputError(f"fps must be in 0..1000, got {fps}")
+    return sequence.write(one, folder, name, ".ply", times, fps, overwrite=overwrite, progress=progress)
 
 
 def _kept(gaussians: Gaussians3D, prune_opacity: float) -> Gaussians3D:

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from d2 import fileio, images
 from d2.cli.export import export as command
 from d2.errors import ConflictError, InputError, NumericalError
-from d2.recon.exports import FORMATS, export, find
-from d2.recon.formats import ply
+from d2.recon import render
+from d2.recon.exports import export, find
+from d2.recon.formats import glb, ply, spz
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.placement import Placement, place
 from d2.run import Run
 
 
@@ -155,7 +157,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
 
     monkeypatch.setattr("d2.recon.formats.ply.encode", fail)
     monkeypatch.setattr("d2.recon.render.rasterize", fail)
-    for what in FORMATS:
+    for what in ("ply", "mp4", "contact"):
         with pytest.raises(NumericalError, match="injected"):
             export(recon, [what], overwrite=True, size=32)
     assert contents(recon) == before
@@ -164,7 +166,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
 def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "contact.png").mkdir(parents=True)
-    known = "known: ply, mp4, contact"
+    known = "known: ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, mp4, contact"
     cases = [
         ({"formats": ["xyz"]}, known), ({"formats": []}, known), ({"formats": ["ply", ""]}, known),
         ({"out": "-"}, "must be a folder"), ({"out": ""}, "must be a folder"),
@@ -250,3 +252,66 @@ def test_the_command_can_be_listed_without_torch():
 def test_contact_sheet_picks_at_most_six_columns(recon):
     path = export(recon, ["contact"], frames=25)["contact"]
     assert images.read_rgba(path)[0].shape[1] == 44 + 6 * 160
+
+
+SPLATS = ["ply", "spz", "splat", "glb", "splatv"]
+
+
+def test_every_splat_format_is_a_numbered_folder_or_one_file(recon):
+    written = export(recon, SPLATS, fps=10)
+    assert written["splatv"].name == "fox.splatv"
+    for what in ("spz", "splat", "glb"):
+        assert sorted(contents(written[what])) == [*(f"fox_000{k}.{what}" for k in (1, 2, 3)), "frames.json"]
+        assert json.loads((written[what] / "frames.json").read_text())["fps"] == 10
+    still = export(recon, ["spz", "glb"], recon / "still", time=0.5)
+    assert sorted(contents(recon / "still")) == ["fox.glb", "fox.spz"] == sorted(path.name for path in still.values())
+
+
+def test_a_span_writes_those_frames_of_the_clip(recon):
+    written = export(recon, ["ply"], frames=5, span=(1, 3))
+    manifest = json.loads((written["ply"] / "frames.json").read_text())
+    assert [entry["time"] for entry in manifest["frames"]] == [0.25, 0.5]
+    with pytest.raises(InputError, match="not in the clip"):
+        export(recon, ["ply"], span=(0, 4), overwrite=True)
+    with pytest.raises(InputError, match="first:end"):
+        export(recon, ["ply"], span=(2, 2), overwrite=True)
+
+
+def test_placement_is_the_same_in_every_format(recon):
+    placement = Placement(1.8, "ground", "x")
+    written = export(recon, ["ply", "spz", "glb"], time=0.5, placement=placement)
+    found = [ply.read(written["ply"]), spz.read(written["spz"]), glb.read(written["glb"])]
+    for other in found[1:]:
+        torch.testing.assert_close(other.means, found[0].means, atol=5e-4, rtol=0)
+    placed = place(Gaussians4D.load(recon / "gaussians.safetensors"), [0.5], placement)
+    low, high = render.bounds(placed, [0.5])
+    assert low[2] == pytest.approx(0, abs=1e-5) and high[2] == pytest.approx(1.8, abs=1e-4)
+    before = Gaussians4D.load(recon / "gaussians.safetensors")
+    ratio = placed.velocities.norm(dim=1) / before.velocities.norm(dim=1)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+    torch.testing.assert_close(placed.velocities[:, 0] / ratio, -before.velocities[:, 1], atol=1e-5, rtol=0)
+
+
+def test_up_rules_over_the_custom_of_each_format(recon, gaussians):
+    written = export(recon, ["ply", "spz"], time=0.0, up="z")
+    for file, read in ((written["ply"], ply.read), (written["spz"], spz.read)):
+        torch.testing.assert_close(read(file, "world").means, gaussians.at(0.0).means, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"), [((0, "none", "x"), "height"), ((1, "a", "x"), "pivot"), ((1, "none", "z"), "forward")]
+)
+def test_a_placement_out_of_range_is_refused(wrong, name):
+    with pytest.raises(InputError, match=name):
+        Placement(*wrong)
+
+
+def test_command_takes_a_part_of_the_frames_and_a_height(recon):
+    app = typer.Typer()
+    app.command()(command)
+    run = CliRunner().invoke(
+        app, [str(recon), "--format", "spz", "--frames", "0:2", "--height", "1.8", "--pivot", "ground"]
+    )
+    assert run.exit_code == 0 and len(contents(recon / "export/spz")) == 3
+    run = CliRunner().invoke(app, [str(recon), "--format", "spz", "--frames", "a:b"])
+    assert isinstance(run.exception, InputError)

@@ -1,0 +1,84 @@
+"""A numbered sequence of splat files with its frames.json: one folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from d2 import fileio
+from d2.errors import ConflictError, InputError
+
+MANIFEST = "frames.json"  # beside the files of a sequence; its presence says that the sequence is whole
+_NAME = re.compile(r'[^\0-\x20/\\:*?"<>|.-][^\0-\x1f/\\:*?"<>|]{0,199}')
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+def write(
+    encode: Callable[[float], bytes],  # time in 0..1 -> the content of one file
+    folder: str | Path,
+    name: str,
+    suffix: str,  # ".ply"
+    times: Sequence[float] | np.ndarray,  # [F] in 0..1
+    fps: float,
+    *,
+    overwrite: bool = False,
+    beside: dict[str, bytes] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Writes `<name>_0001<suffix>` …, what stands `beside` them and frames.json into `folder`.
+
+    Raises ConflictError when `folder` exists and is not to be overwritten, or was not written by this function.
+    """
+    folder = Path(folder)
+    check_replaceable(folder, overwrite)
+    check_name(name)
+    _check_clip(times, fps)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    entries = []
+    try:
+        for index, time in enumerate(times):
+            file = file_name(name, suffix, index, len(times))
+            fileio.atomic_write(temporary / file, encode(float(time)))
+            entries.append({"file": file, "time": float(time)})
+            progress(index + 1, len(times))
+        for file, content in (beside or {}).items():
+            fileio.atomic_write(temporary / file, content)
+        fileio.write_json(temporary / MANIFEST, {"fps": fps, "frames": entries})
+        fileio.swap_folder(temporary, folder)
+    finally:
+        fileio.remove(temporary)
+    return folder
+
+
+def file_name(name: str, suffix: str, index: int, count: int) -> str:
+    """What file `index` of `count` is called: numbers from 1, in four digits or more."""
+    return f"{name}_{index + 1:0{max(4, len(str(count)))}d}{suffix}"
+
+
+def check_replaceable(folder: str | Path, overwrite: bool) -> None:
+    """Raises ConflictError unless a sequence may be put at `folder`; a foreign folder is never replaced."""
+    folder = Path(folder)
+    if not os.path.lexists(folder):
+        return
+    if not (folder / MANIFEST).is_file():
+        raise ConflictError(f"{fileio.quoted(folder)} is not a sequence that d2 wrote; choose another --out")
+    if not overwrite:
+        raise ConflictError(f"{fileio.quoted(folder)} exists; pass --overwrite or choose another --out")
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless files may be called `name` and something, on any system."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{name!r} cannot be the beginning of a file name; pass another --name")
+
+
+def _check_clip(times: Sequence[float] | np.ndarray, fps: float) -> None:
+    if len(times) == 0 or not all(0 <= float(time) <= 1 for time in times):
+        raise InputError("a sequence needs at least one time, each in 0..1")
+    if not 0 < fps <= 1000:
+        raise InputError(f"fps must be in 0..1000, got {fps}")

@@ -1,0 +1,204 @@
+"""OpenUSD: one animated ParticleField3DGaussianSplat, or points for programs that do not draw splats.
+
+Velocity is constant, so linear interpolation between time samples is exact for positions at any sub-frame;
+only positions, opacities and the extent are sampled.  Needs usd-core 26.3 or newer (extra `usd`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from d2 import fileio, machine
+from d2.errors import InputError, SetupError
+from d2.recon.formats import values
+from d2.recon.formats.frames import FROM_WORLD, from_frame, move
+from d2.recon.formats.values import Values
+from d2.recon.gaussians import Gaussians3D, Gaussians4D
+from d2.recon.raster import sh as spherical
+
+Up = Literal["y", "z"]
+FIRST_FRAME = 1  # the time code of the first sample, as PLY sequences count
+_FRAMES = {"y": "rub", "z": "world"}
+_EXTENT_SIGMAS = 3.0
+
+
+def write(
+    gaussians: Gaussians4D,
+    path: str | Path,  # .usd, .usdc, .usda or .usdz
+    times: Sequence[float] | np.ndarray,  # [F] in 0..1; one: a still
+    fps: float,
+    *,
+    up: Up = "y",
+    points: bool = False,
+    name: str = "asset",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the clip as one file, whole or not at all; `points` writes UsdGeomPoints instead of splats.
+
+    Units are metres.  Frame k of the clip stands at time code k + 1, at `fps` codes a second.  Raises SetupError
+    without usd-core, InputError for an empty set, NumericalError for NaN or infinity.
+    """
+    stage = _stage(times, fps, up)
+    moved = move(gaussians, FROM_WORLD[_FRAMES[up]])
+    prim = _define_points(stage, moved, name) if points else _define_splats(stage, moved, name)
+    _animate(prim, moved, times, points, progress)
+    with fileio.atomic_path(path) as temporary:
+        if temporary.suffix == ".usdz":
+            _package(stage, temporary, name)
+        elif not stage.GetRootLayer().Export(str(temporary)):
+            raise OSError("usd-core could not write it")
+
+
+def read(path: str | Path, frame: float | None = None) -> Gaussians3D:
+    """Gaussians in our world from the first splat prim of a USD file at a time code (default: the first).
+
+    Raises InputError for a file that cannot be opened or holds none.
+    """
+    pxr, label = _pxr(), fileio.quoted(path)
+    stage = _opened(path)
+    prim = next((p for p in stage.Traverse() if p.IsA(pxr.UsdVol.ParticleField3DGaussianSplat)), None)
+    if prim is None:
+        raise InputError(f"{label} holds no ParticleField3DGaussianSplat")
+    splat = pxr.UsdVol.ParticleField3DGaussianSplat(prim)
+    code = pxr.Usd.TimeCode(stage.GetStartTimeCode() if frame is None else frame)
+
+    def array(attribute: Any) -> np.ndarray:
+        value = attribute.Get(code)
+        if value is None:
+            raise InputError(f"{label}: {attribute.GetName()} holds no value")
+        return np.asarray(value, np.float64)
+
+    means = array(splat.GetPositionsAttr())
+    sh = array(splat.GetRadianceSphericalHarmonicsCoefficientsAttr()).reshape(len(means), -1, 3)
+    quats = array(splat.GetOrientationsAttr())[:, [3, 0, 1, 2]]
+    found = Values(means, quats, array(splat.GetScalesAttr()), array(splat.GetOpacitiesAttr()), sh)
+    up = str(pxr.UsdGeom.GetStageUpAxis(stage)).lower()
+    return from_frame(values.gaussians(found, label), "world" if up == "z" else "rub")
+
+
+def playback(path: str | Path) -> tuple[int, float]:
+    """How many frames a USD file plays, and how many a second. Raises InputError."""
+    stage = _opened(path)
+    return max(1, round(stage.GetEndTimeCode() - stage.GetStartTimeCode()) + 1), stage.GetTimeCodesPerSecond()
+
+
+def _opened(path: str | Path) -> Any:
+    pxr, label = _pxr(), fileio.quoted(path)
+    if not Path(path).is_file():
+        raise InputError(f"{label} does not exist")
+    try:
+        return pxr.Usd.Stage.Open(str(path))
+    except pxr.Tf.ErrorException as error:
+        raise InputError(f"{label} is not a readable USD file") from error
+
+
+def _pxr() -> Any:
+    """The modules of usd-core that are used here."""
+    pxr = machine.require("pxr", "usd-core")
+    for name in ("Usd", "UsdGeom", "UsdUtils", "UsdVol", "Gf", "Sdf", "Tf", "Vt"):
+        machine.require(f"pxr.{name}", "usd-core")
+    if not hasattr(pxr.UsdVol, "ParticleField3DGaussianSplat"):
+        raise SetupError("this usd-core knows no splats; run: pip install 'usd-core>=26.3'")
+    return pxr
+
+
+def _stage(times: Sequence[float] | np.ndarray, fps: float, up: Up) -> Any:
+    pxr = _pxr()
+    stage = pxr.Usd.Stage.CreateInMemory()
+    pxr.UsdGeom.SetStageUpAxis(stage, up.upper())
+    pxr.UsdGeom.SetStageMetersPerUnit(stage, 1.0)
+    stage.SetTimeCodesPerSecond(fps)
+    stage.SetFramesPerSecond(fps)
+    stage.SetStartTimeCode(FIRST_FRAME)
+    stage.SetEndTimeCode(FIRST_FRAME + len(times) - 1)
+    return stage
+
+
+def _root(stage: Any, name: str) -> str:
+    """Defines the model's root and returns where geometry goes."""
+    pxr = _pxr()
+    root = pxr.UsdGeom.Xform.Define(stage, "/" + pxr.Tf.MakeValidIdentifier(name))
+    stage.SetDefaultPrim(root.GetPrim())
+    pxr.Usd.ModelAPI(root.GetPrim()).SetKind("component")
+    return f"{root.GetPath()}"
+
+
+def _define_splats(stage: Any, gaussians: Gaussians4D, name: str) -> Any:
+    """The prim with everything that does not change; sampled attributes get their default later."""
+    pxr = _pxr()
+    v = values.of(gaussians.at(0.0))
+    splat = pxr.UsdVol.ParticleField3DGaussianSplat.Define(stage, f"{_root(stage, name)}/splats")
+    splat.CreateOrientationsAttr(pxr.Vt.QuatfArray.FromNumpy(_f4(v.quats[:, [1, 2, 3, 0]])))
+    splat.CreateScalesAttr(pxr.Vt.Vec3fArray.FromNumpy(_f4(v.scales)))
+    splat.CreateRadianceSphericalHarmonicsDegreeAttr(spherical.degree_of(v.sh.shape[1]))
+    coefficients = splat.CreateRadianceSphericalHarmonicsCoefficientsAttr(
+        pxr.Vt.Vec3fArray.FromNumpy(_f4(v.sh.reshape(-1, 3)))
+    )
+    pxr.UsdGeom.Primvar(coefficients).SetElementSize(v.sh.shape[1])
+    splat.CreateProjectionModeHintAttr("perspective")
+    splat.CreateSortingModeHintAttr("zDepth")
+    return splat
+
+
+def _define_points(stage: Any, gaussians: Gaussians4D, name: str) -> Any:
+    """Points as wide as two standard deviations, in their colour of degree 0, linear as displayColor is."""
+    pxr = _pxr()
+    v = values.of(gaussians.at(0.0))
+    points = pxr.UsdGeom.Points.Define(stage, f"{_root(stage, name)}/points")
+    points.CreateWidthsAttr(pxr.Vt.FloatArray.FromNumpy(_f4(2 * np.exp(np.log(v.scales).mean(1)))))
+    rgb = (0.5 + spherical.C0 * v.sh[:, 0]).clip(0, 1)
+    color = points.CreateDisplayColorPrimvar(pxr.UsdGeom.Tokens.vertex)
+    color.Set(pxr.Vt.Vec3fArray.FromNumpy(_f4(rgb**2.2)))
+    points.CreateDisplayOpacityPrimvar(pxr.UsdGeom.Tokens.vertex)
+    return points
+
+
+def _animate(
+    prim: Any,
+    gaussians: Gaussians4D,
+    times: Sequence[float] | np.ndarray,
+    points: bool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Sets positions, opacities and extent: a default, and a sample a frame where there are several."""
+    pxr = _pxr()
+    where = prim.CreatePointsAttr() if points else prim.CreatePositionsAttr()
+    opacity = prim.GetDisplayOpacityPrimvar().GetAttr() if points else prim.CreateOpacitiesAttr()
+    extent = prim.CreateExtentAttr()
+    for index, time in enumerate(times):
+        v = values.of(gaussians.at(float(time)))
+        reach = _EXTENT_SIGMAS * v.scales.max(1, keepdims=True)
+        box = np.stack([(v.means - reach).min(0), (v.means + reach).max(0)])
+        sampled = {
+            where: pxr.Vt.Vec3fArray.FromNumpy(_f4(v.means)),
+            opacity: pxr.Vt.FloatArray.FromNumpy(_f4(v.opacities)),
+            extent: pxr.Vt.Vec3fArray.FromNumpy(_f4(box)),
+        }
+        for attribute, value in sampled.items():
+            if index == 0:
+                attribute.Set(value)
+            if len(times) > 1:
+                attribute.Set(value, FIRST_FRAME + index)
+        progress(index + 1, len(times))
+
+
+def _package(stage: Any, temporary: Path, name: str) -> None:
+    """A .usdz: usd-core wants the crate as a file, which goes again."""
+    pxr = _pxr()
+    crate = temporary.with_name(f"{temporary.stem}.usdc")
+    try:
+        if not stage.GetRootLayer().Export(str(crate)):
+            raise OSError("usd-core could not write it")
+        writer = pxr.Sdf.ZipFileWriter.CreateNew(str(temporary))
+        with writer:
+            writer.AddFile(str(crate), f"{pxr.Tf.MakeValidIdentifier(name)}.usdc")
+    finally:
+        fileio.remove(crate)
+
+
+def _f4(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32)

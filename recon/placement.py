@@ -1,0 +1,57 @@
+"""Where an asset stands in the files that are written: one turn, size and origin for every format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2.errors import InputError
+from d2.recon import render
+from d2.recon.formats.frames import move
+from d2.recon.gaussians import Gaussians4D
+
+PIVOTS = ("none", "ground", "center")
+# Turn about our vertical, in quarter turns, that brings the front from -y to the named direction.
+FORWARD = {"-y": 0, "x": 1, "y": 2, "-x": 3}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Raises InputError for a value out of range."""
+
+    height: float | None = None  # metres from the lowest to the highest point over the clip
+    pivot: str = "none"  # the origin: where it was, at the feet, or in the middle
+    forward: str = "-y"  # where the front looks, in our world (z up)
+
+    def __post_init__(self) -> None:
+        if self.height is not None and not 1e-6 <= self.height <= 1e6:
+            raise InputError(f"height must be in 1e-6..1e6 metres, got {self.height!r}")
+        if self.pivot not in PIVOTS:
+            raise InputError(f"pivot must be one of {', '.join(PIVOTS)}, got {self.pivot!r}")
+        if self.forward not in FORWARD:
+            raise InputError(f"forward must be one of {', '.join(FORWARD)}, got {self.forward!r}")
+
+
+def place(
+    gaussians: Gaussians4D,
+    times: Sequence[float] | np.ndarray,  # [F] in 0..1, over which size and ground are measured
+    placement: Placement,
+) -> Gaussians4D:
+    """The asset as every format writes it; floaters don't count for its size (`render.bounds`)."""
+    if placement == Placement():
+        return gaussians
+    turn = math.pi / 2 * FORWARD[placement.forward]
+    c, s = round(math.cos(turn)), round(math.sin(turn))
+    R = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+    turned = move(gaussians, R)
+    low, high = render.bounds(turned, times)
+    scale = 1.0 if placement.height is None else placement.height / max(float(high[2] - low[2]), 1e-9)
+    origin = 0.5 * (low + high)
+    if placement.pivot == "ground":
+        origin[2] = low[2]
+    elif placement.pivot == "none":
+        origin[:] = 0
+    return move(turned, np.eye(3), scale, -scale * origin)
