@@ -1,5 +1,7 @@
 """The animations of the README: a looping turntable of a reconstruction, from two heights, as one WebP file.
 
+With --beside the input stands at the left, and the contact sheet goes into <target>_contact.webp.
+
 d2 reconstruct tests/data/panda --out runs/picture --fps 12
 python benchmarks/picture.py runs/picture benchmarks/results/panda.webp
 make demo
@@ -46,6 +48,11 @@ def main(run: Path, target: Path, beside: Path | None = None) -> None:
     options = {"duration": round(1000 / source.fps), "loop": 0, "quality": 70, "method": 4}
     frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], **options)
     fileio.atomic_write(target, buffer.getvalue())
+    if beside is not None and source.folder is not None:
+        buffer = io.BytesIO()
+        with Image.open(source.folder / "export" / "contact.png") as sheet:
+            sheet.convert("RGB").save(buffer, "WEBP", quality=70)
+        fileio.atomic_write(target.with_name(f"{target.stem}_contact.webp"), buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ MAIN = "composed", "view only", "frame only"
 ANCHOR = "anchor last"  # the views are sampled from the video's last frame, as the reference implementation does
 STILL = 0.01  # the greatest change of a pixel's true colour that counts as none, of 0..1
 PROBE_SIGMA = 1.0  # noise level at which samples are judged by the models
-FIT_SETS = ("holdout=0", "iterations=1500")  # of the reconstruction whose residual tells how consistent a sample is
+# Of the reconstruction whose residual tells how consistent a sample is; the same for samples and controls.
+FIT_SETS = ("holdout=0", "iterations=1500", "min_scale=0", "opacity_weight=0")
 Z95 = 1.96
 SHOWN = "psnr", "ssim", "flicker", "motion", "fit psnr", "error of the view model", "error of the frame model"
 

@@ -36,7 +36,9 @@ class ReconstructConfig:
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
     mask_weight: float = option(0.1, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)
-    opacity_weight: float = option(0.0, "weight of the mean opacity", ge=0)
+    opacity_weight: float | None = option(
+        None, "weight of the mean opacity; default 0.05 where a model made the pictures, else 0", ge=0
+    )
     scale_weight: float = option(0.0, "weight of the mean scale over the scene's half side", ge=0)
 
     lr_means: float = option(1.6e-3, "learning rate of positions", ge=0)

@@ -306,7 +306,10 @@ def test_no_needle_is_thinner_than_the_floor(run_folder):
     assert float(state.gaussians.log_scales.detach().exp().min()) >= floor * (1 - 1e-5)
 
 
-def test_only_what_a_model_made_has_a_floor_by_default(finished, run_folder):
-    assert pipeline._settled(ReconstructConfig(), finished).min_scale == 0.5
-    assert pipeline._settled(ReconstructConfig(), run_folder).min_scale == 0
+def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
+    names = sorted(pipeline.GENERATED)
+    made, true = (pipeline._settled(ReconstructConfig(), folder) for folder in (finished, run_folder))
+    assert names == ["min_scale", "opacity_weight"]
+    assert [getattr(made, name) for name in names] == [pipeline.GENERATED[name] for name in names]
+    assert [getattr(true, name) for name in names] == [0, 0]
     assert pipeline._settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
