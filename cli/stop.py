@@ -23,6 +23,12 @@ class StopFlag(AbstractContextManager):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.signum:  # the process is on its way out: a second signal must still end it at once, not as a traceback
+            return
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 

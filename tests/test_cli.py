@@ -227,13 +227,25 @@ def test_row_49_a_deleted_working_folder_is_one_line(tmp_path, tiny_dataset):
 # -- signals -----------------------------------------------------------------------------------------------
 
 
-def test_one_signal_sets_the_flag_and_the_old_handlers_come_back():
+def test_one_signal_sets_the_flag_and_without_one_the_old_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
+    with stop.StopFlag():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
     with stop.StopFlag() as flag:
         assert flag() == 0
         signal.raise_signal(signal.SIGTERM)
         assert flag() == signal.SIGTERM
+    flag.restore()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_on_the_way_out_is_no_traceback(tmp_path):
+    raised = "signal.raise_signal(signal.SIGINT)"
+    script = f"import signal\nfrom d2.cli.stop import StopFlag\nwith StopFlag():\n {raised}\n{raised}\nprint('late')"
+    outcome = run_script(script, tmp_path)
+    assert (outcome.code, outcome.stdout) == (130, "")
+    assert "Traceback" not in outcome.stderr
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
