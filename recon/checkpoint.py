@@ -12,6 +12,7 @@ import torch
 from d2 import fileio
 from d2.errors import InputError
 from d2.recon import densify
+from d2.recon.corrections import Corrections
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.train import State, state_of
 
@@ -23,16 +24,15 @@ _NAME = re.compile(r"step_(\d{8})\.safetensors")
 def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
     """Writes step_<iteration>.safetensors, then removes all but the newest KEEP. `extra` comes back from load."""
     tensors = {f"gaussians.{name}": tensor for name, tensor in state.gaussians.tensors().items()}
-    steps = {}
-    for group in state.adam.param_groups:
-        moments = state.adam.state.get(group["params"][0])
-        if moments:
-            tensors[f"adam.{group['name']}.exp_avg"] = moments["exp_avg"]
-            tensors[f"adam.{group['name']}.exp_avg_sq"] = moments["exp_avg_sq"]
-            steps[group["name"]] = float(moments["step"])
+    steps = _take_moments(state.adam, tensors)
     tensors |= {"stats.total": state.stats.total, "stats.seen": state.stats.seen}
-    if state.best is not None:
-        tensors |= {f"best.{name}": tensor for name, tensor in state.best.tensors().items()}
+    for kind, model in (("best", state.best), ("average", state.average)):
+        if model is not None:
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in model.tensors().items()}
+    if state.corrections is not None:
+        tensors |= {f"corrections.{kind}": value for kind, value in state.corrections.values.items()}
+        tensors["centre"] = state.corrections.centre
+        steps |= _take_moments(state.corrections.adam, tensors)
     scalars = {
         "iteration": state.iteration,
         "half_side": state.half_side,
@@ -68,24 +68,53 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
         state = state_of(gaussians, float(scalars["half_side"]))
         state.iteration, best_psnr = int(scalars["iteration"]), scalars["best_psnr"]
         state.best_psnr = None if best_psnr is None else float(best_psnr)
-        for group in state.adam.param_groups:
-            name = group["name"]
-            if name in scalars["adam_steps"]:
-                state.adam.state[group["params"][0]] = {
-                    "step": torch.tensor(scalars["adam_steps"][name], device=device),
-                    "exp_avg": tensors[f"adam.{name}.exp_avg"].to(device),
-                    "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"].to(device),
-                }
+        _put_moments(state.adam, tensors, scalars["adam_steps"], device)
         state.stats = densify.GradientStats(len(gaussians), device)
         state.stats.total, state.stats.seen = (
             tensors["stats.total"].to(device),
             tensors["stats.seen"].to(device),
         )
-        best = _under(tensors, "best.")
-        state.best = Gaussians4D.checked(best, str(path)).map(lambda x: x.to(device)) if best else None
+        for kind in ("best", "average"):
+            model = _under(tensors, f"{kind}.")
+            if model:
+                setattr(state, kind, Gaussians4D.checked(model, str(path)).map(lambda x: x.to(device)))
+        values = {kind: value.to(device) for kind, value in _under(tensors, "corrections.").items()}
+        if values:
+            state.corrections = Corrections.of(values, tensors["centre"].to(device), state.half_side)
+            _put_moments(state.corrections.adam, tensors, scalars["adam_steps"], device)
         return state, dict(scalars["extra"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: {error}") from error
+
+
+def _take_moments(adam: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Puts Adam's moments of every named group among the tensors; returns the steps that each has taken."""
+    steps = {}
+    for group in adam.param_groups:
+        moments = adam.state.get(group["params"][0])
+        if moments:
+            tensors[f"adam.{group['name']}.exp_avg"] = moments["exp_avg"]
+            tensors[f"adam.{group['name']}.exp_avg_sq"] = moments["exp_avg_sq"]
+            steps[group["name"]] = float(moments["step"])
+    return steps
+
+
+def _put_moments(
+    adam: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    steps: dict[str, float],
+    device: torch.device | str,
+) -> None:
+    """The way back."""
+    is_sparse = isinstance(adam, torch.optim.SparseAdam)  # it counts in a plain integer
+    for group in adam.param_groups:
+        name = group["name"]
+        if name in steps:
+            adam.state[group["params"][0]] = {
+                "step": int(steps[name]) if is_sparse else torch.tensor(steps[name], device=device),
+                "exp_avg": tensors[f"adam.{name}.exp_avg"].to(device),
+                "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"].to(device),
+            }
 
 
 def _digest(tensors: dict[str, torch.Tensor], scalars: str) -> str:

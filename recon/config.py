@@ -9,7 +9,7 @@ from d2.config import config, option
 class ReconstructConfig:
     """Learning rates are for a scene whose half side is 1 and are scaled with it; fractions are of the whole run."""
 
-    iterations: int = option(12000, "optimisation steps", ge=1, le=10_000_000)
+    iterations: int = option(20000, "optimisation steps", ge=1, le=10_000_000)
     seed: int = option(0, "seed of everything random", ge=0, lt=2**63)
     size: int = option(0, "longer side in pixels that images are filtered to; 0 = as they are", ge=0, le=8192)
     pairs: int = option(1, "(view, time) pairs a step", ge=1, le=64)
@@ -17,9 +17,9 @@ class ReconstructConfig:
     antialiased: bool = option(False, "rasterize with the Mip-Splatting opacity compensation")
 
     coarse_until: float = option(0.5, "fraction of the run at half resolution, where images are large", ge=0, le=1)
-    start_gaussians: int = option(6000, "Gaussians to start with", ge=1, le=10_000_000)
-    max_gaussians: int = option(20000, "Gaussians to grow to", ge=1, le=50_000_000)
-    start_duration: float = option(0.3, "standard deviation in time to start with, of the clip", gt=0, le=100)
+    start_gaussians: int = option(15000, "Gaussians to start with", ge=1, le=10_000_000)
+    max_gaussians: int = option(25000, "Gaussians to grow to", ge=1, le=50_000_000)
+    start_duration: float = option(0.15, "standard deviation in time to start with, of the clip", gt=0, le=100)
     grow_from: float = option(0.03, "fraction of the run at which growing starts", ge=0, le=1)
     grow_until: float = option(0.5, "fraction of the run at which growing ends", ge=0, le=1)
     grow_every: int = option(200, "steps between two rounds of prune and grow", ge=1)
@@ -34,7 +34,7 @@ class ReconstructConfig:
     )
 
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
-    mask_weight: float = option(0.1, "weight of the alpha loss", ge=0)
+    mask_weight: float = option(0.3, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)
     opacity_weight: float | None = option(
         None, "weight of the mean opacity; default 0.05 where a model made the pictures, else 0", ge=0
@@ -50,6 +50,22 @@ class ReconstructConfig:
     lr_opacities: float = option(6e-2, "learning rate of opacity logits", ge=0)
     lr_sh: float = option(5e-3, "learning rate of colour (higher degrees a twentieth)", ge=0)
     lr_end: float = option(0.1, "what all learning rates decay to, as a fraction", gt=0, le=1)
+
+    correct_colors: bool = option(False, "learn an affine colour of every picture, beside the model")
+    correct_poses: bool = option(False, "learn a small camera motion of every picture, beside the model")
+    correct_times: bool = option(False, "learn a shift in time of every picture, beside the model")
+    correct_warps: bool = option(False, "learn a smooth displacement of every picture, beside the model")
+    correct_from: float = option(0.1, "fraction of the run at which corrections start", ge=0, le=1)
+    correction_weight: float = option(1e-3, "weight that draws corrections to zero", ge=0)
+    lr_corrections: float = option(0.1, "learning rate of corrections, in their usual sizes", ge=0)
+
+    average_from: float = option(
+        0.55,
+        "fraction of the run at which the average of the model over steps starts; not before grow_until",
+        ge=0,
+        le=1,
+    )
+    average_over: int = option(300, "steps that this average looks back over; 0 = no average", ge=0)
 
     holdout: int = option(12, "cells kept from training to choose the best model by", ge=0)
     validate_every: int = option(1000, "steps between two validations and checkpoints", ge=1)

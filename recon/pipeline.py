@@ -225,7 +225,11 @@ def _settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
     """With the defaults that depend on where the pictures come from."""
     stage = Run.open(path).stage("generate") if is_run(path) else None
     generated = stage is not None and "models" in stage
-    unset = {name: value if generated else 0.0 for name, value in GENERATED.items() if getattr(settings, name) is None}
+    unset = {
+        name: value if generated else type(value)(0)
+        for name, value in GENERATED.items()
+        if getattr(settings, name) is None
+    }
     return replace(settings, **unset)
 
 

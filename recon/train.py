@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2.errors import NumericalError
-from d2.recon import densify, hull
+from d2.recon import corrections, densify, hull
 from d2.recon.config import ReconstructConfig
 from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
@@ -22,6 +23,7 @@ from d2.recon.raster import image_plane_gradient, rasterize
 
 ADAM_EPS = 1e-15
 COARSE_FROM = 192  # pixels of the longer side; at 128 a half resolution saves no time and costs 0.2 dB
+AVERAGE_EVERY = 10  # steps between two samples of the model's average
 CHECK_EVERY = 100  # steps between two looks at whether everything is finite
 LEARNED = {
     "means": "lr_means", "velocities": "lr_velocities", "times": "lr_times", "log_durations": "lr_durations",
@@ -50,6 +52,8 @@ class State:
     adam: torch.optim.Adam
     stats: densify.GradientStats
     half_side: float  # world; what learning rates of positions scale with
+    corrections: corrections.Corrections | None = None
+    average: Gaussians4D | None = None  # over the last steps, once the number of Gaussians is settled
     iteration: int = 0
     best: Gaussians4D | None = None
     best_psnr: float | None = None  # dB; None before the first validation, or without held-out cells
@@ -59,7 +63,7 @@ class State:
 def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | str) -> State:
     """The initial state, from the visual hull."""
     train, _ = holdout_split(dataset, config)
-    _, half_side = hull.scene_box(dataset)
+    centre, half_side = hull.scene_box(dataset)
     gaussians = hull.initialise(
         train,
         min(config.start_gaussians, config.max_gaussians),
@@ -67,7 +71,9 @@ def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | st
         config.sh_degree,
         config.seed,
     )
-    return state_of(gaussians.map(lambda x: x.to(device)), half_side)
+    state = state_of(gaussians.map(lambda x: x.to(device)), half_side)
+    state.corrections = corrections.Corrections.start(len(train), config, torch.from_numpy(centre), half_side, device)
+    return state
 
 
 def state_of(gaussians: Gaussians4D, half_side: float) -> State:
@@ -121,25 +127,24 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     generator = torch.Generator().manual_seed(_mix(config.seed, 1, state.iteration))
     background = torch.rand(3, generator=generator) if train.has_alpha else train.background
     background = background.to(train.images.device)
-    gaussians, motion = state.gaussians.activated(train.times[cells])
-    image, alpha, meta = rasterize(
-        **gaussians, viewmats=train.viewmats[cells], Ks=train.Ks[cells], width=train.width, height=train.height,
-        sh_degree=config.sh_degree, motion=motion,
-        rasterize_mode="antialiased" if config.antialiased else "classic",
-    )  # fmt: skip
+    corrects = state.corrections if fraction >= config.correct_from else None
+    draw = _draw if corrects is None else partial(_draw_corrected, corrects)
+    images, alphas, meta, prior = draw(state, train, cells, config)
     clock("forward")
     mask_weight = config.mask_weight if train.has_alpha else 0.0
     losses = [
-        photometric_loss(image[k], alpha[k, ..., 0], train.images[cell], background, config.ssim_weight, mask_weight)
-        for k, cell in enumerate(cells.tolist())
+        photometric_loss(image, alpha[..., 0], train.images[cell], background, config.ssim_weight, mask_weight)
+        for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True)
     ]
-    loss = torch.stack(losses).mean() + _priors(state, config)
+    loss = torch.stack(losses).mean() + _priors(state, config) + config.correction_weight * prior
     clock("loss")
     loss.backward()
     clock("backward")
     _set_learning_rates(state, config, fraction)
     state.adam.step()
     state.adam.zero_grad()
+    if corrects is not None:
+        corrects.step(config.lr_corrections * config.lr_end ** min(1.0, fraction))
     if config.min_scale:
         pixel = 2 * state.half_side / max(train.width, train.height)
         state.gaussians.log_scales.data.clamp_(min=math.log(config.min_scale * pixel))
@@ -149,8 +154,44 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
         state.stats.add(image_plane_gradient(meta), max(train.width, train.height))
         if state.iteration % config.grow_every == 0 and fraction > config.grow_from:
             prune_and_grow(state, config, fraction)
+    elif config.average_over and fraction >= config.average_from and state.iteration % AVERAGE_EVERY == 0:
+        take_average(state, AVERAGE_EVERY / config.average_over)
     clock("densify")
     return loss.detach()
+
+
+def _draw(state: State, train: Dataset, cells: Tensor, config: ReconstructConfig):
+    """Images [C, H, W, 3], alphas [C, H, W, 1], meta and no prior: the cells as their cameras and times say."""
+    gaussians, motion = state.gaussians.activated(train.times[cells])
+    images, alphas, meta = rasterize(
+        **gaussians, viewmats=train.viewmats[cells], Ks=train.Ks[cells], width=train.width, height=train.height,
+        sh_degree=config.sh_degree, motion=motion,
+        rasterize_mode="antialiased" if config.antialiased else "classic",
+    )  # fmt: skip
+    return images, alphas, meta, 0.0
+
+
+def _draw_corrected(
+    learned: corrections.Corrections, state: State, train: Dataset, cells: Tensor, config: ReconstructConfig
+):
+    """Like _draw, with each cell's own correction, and the mean of their priors."""
+    found = [learned.of_picture(k) for k in cells.tolist()]
+    viewmats = [learned.viewmat(train.viewmats[k], c.poses) for k, (c, _) in zip(cells, found, strict=True)]
+    times = [train.times[k] + (0 if c.times is None else c.times[0]) for k, (c, _) in zip(cells, found, strict=True)]
+    seen = replace(train, viewmats=torch.stack(viewmats), times=torch.stack(times), Ks=train.Ks[cells])
+    images, alphas, meta, _ = _draw(state, seen, torch.arange(len(cells), device=cells.device), config)
+    bent = [corrections.corrected_image(images[k], alphas[k], c) for k, (c, _) in enumerate(found)]
+    prior = torch.stack([p for _, p in found]).mean()
+    return torch.stack([b[0] for b in bent]), torch.stack([b[1] for b in bent]), meta, prior
+
+
+@torch.no_grad()
+def take_average(state: State, share: float) -> None:
+    """Moves the average by `share` towards the model as it is; noise of single steps averages out (Polyak 1992)."""
+    if state.average is None:
+        state.average = state.gaussians.map(lambda x: x.detach().clone())
+    for name, tensor in state.average.tensors().items():
+        tensor.lerp_(getattr(state.gaussians, name).detach(), share)
 
 
 def prune_and_grow(state: State, config: ReconstructConfig, fraction: float) -> None:
@@ -190,10 +231,11 @@ def replace_gaussians(state: State, gaussians: Gaussians4D, source: Tensor) -> N
 
 def validate(state: State, held_out: Dataset, config: ReconstructConfig) -> tuple[float | None, bool]:
     """Mean PSNR over the held-out cells; keeps the model when it is the best so far (or there are none)."""
-    quality = evaluate_psnr(state.gaussians, held_out, config) if len(held_out) else None
+    model = state.gaussians if state.average is None else state.average
+    quality = evaluate_psnr(model, held_out, config) if len(held_out) else None
     is_best = state.best is None or quality is None or state.best_psnr is None or quality > state.best_psnr
     if is_best:
-        state.best, state.best_psnr = state.gaussians.map(lambda x: x.detach().clone()), quality
+        state.best, state.best_psnr = model.map(lambda x: x.detach().clone()), quality
     return quality, is_best
 
 

@@ -160,8 +160,10 @@ def _draw_cpu(means, quats, scales, opacities, features, viewmat, K, screen, c, 
             o.motion.velocities,
             o.motion.times,
             o.motion.durations,
-            float(o.motion.t[c]),
+            float(o.motion.t[c].detach()),
         )
+        if o.motion.t.requires_grad:  # the kernel sees t - times alone, so times can carry the gradient of t
+            times = times - (o.motion.t[c] - o.motion.t[c].detach())
     camera = cpu.Camera(K, o.width, o.height, o.near_plane, o.far_plane, o.eps2d, t, o.antialiased)
     moving = (velocities, times, durations, screen, viewmat, camera)
     if features.shape[-1] == 3:
