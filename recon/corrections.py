@@ -54,7 +54,7 @@ class Corrections:
     def of(cls, values: dict[str, Tensor], centre: Tensor, half_side: float) -> Corrections:
         """Around given values, with an optimiser that has not stepped yet."""
         values = {kind: value.detach().clone().requires_grad_() for kind, value in values.items()}
-        groups = [{"params": [value], "name": kind} for kind, value in values.items()]
+        groups = [{"params": [value], "name": f"corrections.{kind}"} for kind, value in values.items()]
         return cls(values, torch.optim.SparseAdam(groups, lr=1e-3), centre, half_side)
 
     def of_picture(self, k: int) -> tuple[Correction, Tensor]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.raster import Motion
 
+SIZE, VIEWS, FRAMES = 24, 6, 4  # of the pictures of the moving ball
+
 
 def gaussians(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Activated 3D Gaussians around the origin, as `rasterize` takes them."""
@@ -55,4 +57,19 @@ def gaussians_4d(count: int, sh_degree: int = 0, seed: int = 0) -> Gaussians4D:
         log_scales=0.4 * torch.randn(count, 3, generator=g) - 2.2,
         opacity_logits=torch.randn(count, generator=g),
         sh=0.5 * torch.randn(count, (sh_degree + 1) ** 2, 3, generator=g),
+    )
+
+
+def moving_ball() -> Gaussians4D:
+    """A red ball that moves along x during the clip, and a blue one that stays."""
+    colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9]])
+    return Gaussians4D(
+        means=torch.tensor([[-0.3, 0.0, 0.1], [0.0, 0.3, -0.3]]),
+        velocities=torch.tensor([[0.8, 0, 0], [0, 0, 0.0]]),
+        times=torch.zeros(2),
+        log_durations=torch.full((2,), 3.0),
+        quats=torch.tensor([[1.0, 0, 0, 0]] * 2),
+        log_scales=torch.log(torch.tensor([[0.15] * 3, [0.2] * 3])),
+        opacity_logits=torch.full((2,), 6.0),
+        sh=((colors - 0.5) / 0.28209479177387814)[:, None],
     )

@@ -7,54 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from scenes import gaussians_4d
+from scenes import FRAMES, SIZE, gaussians_4d, moving_ball
 
-from d2 import camera
 from d2.config import load
 from d2.errors import ConflictError, InputError, NumericalError, Stopped
 from d2.recon import checkpoint, dataset, densify, hull, pipeline, train
 from d2.recon.config import ReconstructConfig
-from d2.recon.gaussians import Gaussians4D
-from d2.recon.raster import rasterize
 from d2.run import Run
 
-SIZE, VIEWS, FRAMES = 24, 6, 4
 TINY = {"iterations": 60, "start_gaussians": 150, "max_gaussians": 250, "grow_every": 10, "validate_every": 20}
-
-
-def moving_ball() -> Gaussians4D:
-    """A red ball that moves along x during the clip, and a blue one that stays."""
-    colors = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.2, 0.9]])
-    return Gaussians4D(
-        means=torch.tensor([[-0.3, 0.0, 0.1], [0.0, 0.3, -0.3]]),
-        velocities=torch.tensor([[0.8, 0, 0], [0, 0, 0.0]]),
-        times=torch.zeros(2),
-        log_durations=torch.full((2,), 3.0),
-        quats=torch.tensor([[1.0, 0, 0, 0]] * 2),
-        log_scales=torch.log(torch.tensor([[0.15] * 3, [0.2] * 3])),
-        opacity_logits=torch.full((2,), 6.0),
-        sh=((colors - 0.5) / 0.28209479177387814)[:, None],
-    )
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A finished matrix of the ball, written as stage 1 writes it."""
-    folder = tmp_path_factory.mktemp("ball") / "run"
-    rig = camera.orbit(VIEWS, radius=3.0, width=SIZE, height=SIZE)
-    truth = moving_ball()
-
-    def cell(v: int, f: int) -> np.ndarray:
-        arguments, motion = truth.activated(torch.tensor([f / (FRAMES - 1)]))
-        image, alpha, _ = rasterize(
-            **arguments, viewmats=torch.from_numpy(rig.viewmats[v : v + 1]).float(),
-            Ks=torch.from_numpy(rig.K[None]).float(), width=SIZE, height=SIZE, sh_degree=0, motion=motion,
-        )  # fmt: skip
-        rgba = torch.cat([image[0] / alpha[0].clamp_min(1e-6), alpha[0]], -1)
-        return (rgba.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-    Run.create(folder, fps=12).write_matrix(cell, FRAMES, rig, {"source": "test"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +184,15 @@ def fit(source, out, sets=(), **arguments):
     return pipeline.reconstruct(source, out, preset="fast", sets=tiny + tuple(sets), device="cpu", **arguments)
 
 
-def test_resumed_runs_end_with_the_same_bits(run_folder, tmp_path):
-    whole = fit(run_folder, tmp_path / "whole")
+@pytest.mark.parametrize("step", [33, 47])  # before and after the average of the model begins
+def test_resumed_runs_end_with_the_same_bits(run_folder, tmp_path, step):
+    corrected = ("correct_colors=true", "correct_poses=true", "correct_times=true", "correct_warps=true")
+    whole = fit(run_folder, tmp_path / "whole", corrected)
     calls = iter(range(10_000))
     with pytest.raises(Stopped, match="go on with: d2 reconstruct") as stopped:
-        fit(run_folder, tmp_path / "cut", should_stop=lambda: 15 if next(calls) == 33 else 0)
+        fit(run_folder, tmp_path / "cut", corrected, should_stop=lambda: 15 if next(calls) == step else 0)
     assert stopped.value.exit_code == 143
-    resumed = fit(run_folder, tmp_path / "cut")
+    resumed = fit(run_folder, tmp_path / "cut", corrected)
     assert resumed.model.read_bytes() == whole.model.read_bytes()
     logs = [(tmp_path / f"{n}/recon/main/metrics.jsonl").read_text() for n in ("whole", "cut")]
     assert logs[0] == logs[1]
@@ -313,3 +276,23 @@ def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
     assert [getattr(made, name) for name in names] == [pipeline.GENERATED[name] for name in names]
     assert [getattr(true, name) for name in names] == [0, 0]
     assert pipeline._settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
+
+
+def test_the_average_looks_back_over_the_last_steps_and_is_what_is_kept(run_folder):
+    data = dataset.load(run_folder)
+    config = load(ReconstructConfig, TINY | {"average_over": 40, "holdout": 0})
+    state = train.start(data, config, "cpu")
+    seen, begun = [], []
+
+    def record(state, progress):
+        begun.append(state.average is not None)
+        if progress.fraction >= config.average_from and state.iteration % train.AVERAGE_EVERY == 0:
+            seen.append(state.gaussians.means.detach().clone())
+
+    best = train.fit(state, data, config, record)
+    assert not any(begun[:33]) and begun[-1] and len(seen) == 3
+    expected = seen[0]
+    for means in seen[1:]:
+        expected = expected + 0.25 * (means - expected)
+    assert torch.allclose(best.means, expected, atol=1e-6)
+    assert not torch.equal(best.means, state.gaussians.means.detach())
