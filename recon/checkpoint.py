@@ -32,7 +32,6 @@ def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
     if state.corrections is not None:
         tensors |= {f"corrections.{kind}": value for kind, value in state.corrections.values.items()}
         tensors["centre"] = state.corrections.centre
-        steps |= _take_moments(state.corrections.adam, tensors)
     scalars = {
         "iteration": state.iteration,
         "half_side": state.half_side,
@@ -80,8 +79,7 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
                 setattr(state, kind, Gaussians4D.checked(model, str(path)).map(lambda x: x.to(device)))
         values = {kind: value.to(device) for kind, value in _under(tensors, "corrections.").items()}
         if values:
-            state.corrections = Corrections.of(values, tensors["centre"].to(device), state.half_side)
-            _put_moments(state.corrections.adam, tensors, scalars["adam_steps"], device)
+            state.corrections = Corrections(values, tensors["centre"].to(device), state.half_side)
         return state, dict(scalars["extra"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: {error}") from error
@@ -106,12 +104,11 @@ def _put_moments(
     device: torch.device | str,
 ) -> None:
     """The way back."""
-    is_sparse = isinstance(adam, torch.optim.SparseAdam)  # it counts in a plain integer
     for group in adam.param_groups:
         name = group["name"]
         if name in steps:
             adam.state[group["params"][0]] = {
-                "step": int(steps[name]) if is_sparse else torch.tensor(steps[name], device=device),
+                "step": torch.tensor(steps[name], device=device),
                 "exp_avg": tensors[f"adam.{name}.exp_avg"].to(device),
                 "exp_avg_sq": tensors[f"adam.{name}.exp_avg_sq"].to(device),
             }

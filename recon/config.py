@@ -28,7 +28,7 @@ class ReconstructConfig:
     min_scale: float | None = option(
         None,
         "least standard deviation, in pixels of a picture that the scene fills, against needles; "
-        "default 0.5 where a model made the pictures, else 0",
+        "default 0.5 with disagreement, else 0",
         ge=0,
         le=100,
     )
@@ -37,7 +37,7 @@ class ReconstructConfig:
     mask_weight: float = option(0.3, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)
     opacity_weight: float | None = option(
-        None, "weight of the mean opacity; default 0.05 where a model made the pictures, else 0", ge=0
+        None, "weight of the mean opacity; default 0.05 with disagreement, else 0", ge=0
     )
     scale_weight: float = option(0.0, "weight of the mean scale over the scene's half side", ge=0)
 
@@ -51,13 +51,19 @@ class ReconstructConfig:
     lr_sh: float = option(5e-3, "learning rate of colour (higher degrees a twentieth)", ge=0)
     lr_end: float = option(0.1, "what all learning rates decay to, as a fraction", gt=0, le=1)
 
-    correct_colors: bool = option(False, "learn an affine colour of every picture, beside the model")
-    correct_poses: bool = option(False, "learn a small camera motion of every picture, beside the model")
-    correct_times: bool = option(False, "learn a shift in time of every picture, beside the model")
-    correct_warps: bool = option(False, "learn a smooth displacement of every picture, beside the model")
-    correct_from: float = option(0.1, "fraction of the run at which corrections start", ge=0, le=1)
-    correction_weight: float = option(1e-3, "weight that draws corrections to zero", ge=0)
-    lr_corrections: float = option(0.1, "learning rate of corrections, in their usual sizes", ge=0)
+    disagreement: bool | None = option(
+        None, "whether pictures may contradict each other: sets what says so here; default: whether a model made them"
+    )
+    correct_colors: bool | None = option(None, "solve for an affine colour of every picture; default no")
+    correct_poses: bool | None = option(None, "solve for a small motion of every picture; default no")
+    correct_times: bool | None = option(None, "solve for a shift in time of every picture; default no")
+    correct_blurs: bool | None = option(None, "solve for how soft every picture is; default: disagreement")
+    correct_from: float = option(0.1, "fraction of the run at which these corrections start", ge=0, le=1)
+    refine_rig: bool | None = option(
+        None,
+        "find the orbit's direction, the field of view, the elevation and small poses of the views by a coarse fit"
+        " first; default no",
+    )
 
     average_from: float = option(
         0.55,

@@ -77,6 +77,13 @@ class Dataset:
         half = torch.diag(torch.tensor([0.5, 0.5, 1.0], device=self.Ks.device))
         return replace(self, images=pictures.to(torch.uint8), Ks=half @ self.Ks)
 
+    def shrunk(self, size: int) -> Dataset:
+        """The same cells, halved until their longer side is below twice `size` pixels."""
+        small = self
+        while max(small.width, small.height) >= 2 * size and small.halved() is not small:
+            small = small.halved()
+        return small
+
     def digest(self) -> str:
         """A hash of pixels, cameras and times: the same data gives the same fit."""
         content = hashlib.sha256()

@@ -59,6 +59,35 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:  # [H, W, 3] in 0..1, both -> scalar, 
     return (luminance * structure).mean()
 
 
+def soften(layers: Tensor) -> Tensor:  # [H, W, C], both
+    """The picture under SSIM's window, a Gaussian of 1.5 pixels, with nothing around it."""
+    if layers.device.type == "cpu" and layers.dtype == torch.float32:
+        return _Soften.apply(layers)  # type: ignore[return-value]
+    return soften_reference(layers)
+
+
+def soften_reference(layers: Tensor) -> Tensor:
+    """The twin."""
+    taps = torch.from_numpy(TAPS).to(layers)
+    planes = layers.permute(2, 0, 1)[:, None]
+    blurred = torch.nn.functional.conv2d(planes, taps.view(1, 1, -1, 1), padding=(WINDOW // 2, 0))
+    return torch.nn.functional.conv2d(blurred, taps.view(1, 1, 1, -1), padding=(0, WINDOW // 2))[:, 0].permute(1, 2, 0)
+
+
+class _Soften(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layers: Tensor) -> Tensor:  # type: ignore[override]
+        planes = np.ascontiguousarray(layers.detach().permute(2, 0, 1).numpy())
+        out = np.empty_like(planes)
+        _blur(planes, out)
+        return torch.from_numpy(out).permute(1, 2, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor):  # type: ignore[override]
+        return _Soften.apply(g)  # it is its own transpose
+
+
 class _Photometric(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image, alpha, target, background, ssim_weight, mask_weight) -> Tensor:  # type: ignore[override]

@@ -17,7 +17,7 @@ import torch
 from d2 import config as configuration
 from d2 import fileio, machine
 from d2.errors import ConflictError, InputError, Stopped
-from d2.recon import checkpoint, dataset, metrics_log, train
+from d2.recon import checkpoint, dataset, metrics_log, rig, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.raster import choose_backend
 from d2.recon.viewer import reference
@@ -32,9 +32,13 @@ FIRST_USE = {
     "gsplat": "its kernels build on first use, one or two minutes",
 }
 MODEL = "gaussians.safetensors"
-# What a matrix that a model made, and that disagrees with itself, wants: no needles, and nothing faint that only one
-# cell asked for (held out on three runs of the embedded pair: 0.4 to 1 dB).
-GENERATED = {"min_scale": 0.5, "opacity_weight": 0.05}
+RIG = "rig.safetensors"  # the cameras that were found
+# What pictures want that a model made, and that contradict each other: no needles, nothing faint that only one picture
+# asked for, and soft pictures told from sharp ones.  The other corrections and the rig are on request.
+DISAGREEING = {
+    "min_scale": 0.5, "opacity_weight": 0.05, "correct_blurs": True, "correct_colors": False, "correct_poses": False,
+    "correct_times": False, "refine_rig": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def reconstruct(
     """
     observer = observer or Observer()
     path = Path(path)
-    settings = _settled(configuration.load(ReconstructConfig, preset, sets=sets), path)
+    settings = settled(configuration.load(ReconstructConfig, preset, sets=sets), _is_generated(path))
     place = machine.choose_device(device)
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
@@ -105,7 +109,7 @@ def reconstruct(
         backend = choose_backend(place)
         observer.message(f"{len(data)} images, {data.width}×{data.height}")
         observer.message(f"Rasterizer: {backend.name}, because {backend.reason}; {FIRST_USE[backend.name]}")
-        job = _Job(run, target, settings, data, place, observer, should_stop, resume_command)
+        job = _Job(run, target, settings, data, place, observer, should_stop, resume_command, path)
         result = job.fit()
         if target != folder:
             run.drop_stage(stage)
@@ -118,6 +122,8 @@ def reconstruct(
             "dataset": {"name": path.resolve().name, "digest": job.input},
             "files": {MODEL: fileio.sha256(folder / MODEL)},
         }
+        if job.rig is not None:
+            record["rig"] = job.rig
         run.commit_stage(stage, record)
     return Reconstruction(
         folder,
@@ -139,17 +145,32 @@ class _Job:
     observer: Observer
     should_stop: Callable[[], int]
     resume_command: str
+    path: Path
+    rig: dict[str, Any] | None = None  # what refining it found
 
     def fit(self) -> train.State:
         self.input = self.data.digest()
         fileio.write_yaml(self.folder / "config.yaml", configuration.resolved(self.settings))
-        state = self._resume() or self._start()
+        resumed = self._resume()
+        if self.settings.refine_rig:
+            self._settle_rig(afresh=resumed is None)
+        state = resumed or self._start()
         reference.save(self.folder, self.data)
         data = self.data.to(self.device)
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames)}
         _best(state).save(self.folder / MODEL, metadata)
         return state
+
+    def _settle_rig(self, afresh: bool) -> None:
+        """Puts the cameras where a coarse fit finds them; a resumed run takes those that it began with."""
+        path = self.folder / RIG
+        if afresh:
+            anchor = int((self.data.views == self.data.views.max()).nonzero()[0]) if is_run(self.path) else 0
+            refined, found = rig.refine(self.data.to(self.device), self.settings, anchor, self.observer.message)
+            rig.save(path, refined, found)
+            self.observer.message(f"Rig: {found}")
+        self.data, self.rig = rig.load(path, self.data)
 
     def _start(self) -> train.State:
         masks = self.data.has_alpha or self.data.plain_background
@@ -221,16 +242,21 @@ def _require_finished_input(path: Path) -> None:
     source.require_intact("generate")
 
 
-def _settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
-    """With the defaults that depend on where the pictures come from."""
-    stage = Run.open(path).stage("generate") if is_run(path) else None
-    generated = stage is not None and "models" in stage
+def settled(settings: ReconstructConfig, generated: bool) -> ReconstructConfig:
+    """With the defaults that depend on whether a model made the pictures."""
+    disagreement = generated if settings.disagreement is None else settings.disagreement
     unset = {
-        name: value if generated else type(value)(0)
-        for name, value in GENERATED.items()
+        name: value if disagreement else type(value)(0)
+        for name, value in DISAGREEING.items()
         if getattr(settings, name) is None
     }
-    return replace(settings, **unset)
+    return replace(settings, disagreement=disagreement, **unset)
+
+
+def _is_generated(path: Path) -> bool:
+    """Whether a model made the pictures of a run folder."""
+    stage = Run.open(path).stage("generate") if is_run(path) else None
+    return stage is not None and "models" in stage
 
 
 def _target(run: Run, folder: Path, stage: str, settings: ReconstructConfig, overwrite: bool) -> Path:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +31,16 @@ LEARNED = {
 SCALED_WITH_SCENE = ("means", "velocities")
 
 
+class LearnedRig(Protocol):
+    """Cameras that are learned with the model: see d2.recon.rig."""
+
+    def viewmats(self, data: Dataset, cells: Tensor) -> Tensor: ...
+
+    def prior(self) -> Tensor: ...
+
+    def step(self, decay: float) -> None: ...
+
+
 class Progress(NamedTuple):
     """What the callback sees after every step."""
 
@@ -53,6 +62,7 @@ class State:
     stats: densify.GradientStats
     half_side: float  # world; what learning rates of positions scale with
     corrections: corrections.Corrections | None = None
+    rig: LearnedRig | None = None
     average: Gaussians4D | None = None  # over the last steps, once the number of Gaussians is settled
     iteration: int = 0
     best: Gaussians4D | None = None
@@ -72,7 +82,9 @@ def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | st
         config.seed,
     )
     state = state_of(gaussians.map(lambda x: x.to(device)), half_side)
-    state.corrections = corrections.Corrections.start(len(train), config, torch.from_numpy(centre), half_side, device)
+    state.corrections = corrections.Corrections.start(
+        train, config, torch.from_numpy(centre).float().to(device), half_side
+    )
     return state
 
 
@@ -128,23 +140,24 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     background = torch.rand(3, generator=generator) if train.has_alpha else train.background
     background = background.to(train.images.device)
     corrects = state.corrections if fraction >= config.correct_from else None
-    draw = _draw if corrects is None else partial(_draw_corrected, corrects)
-    images, alphas, meta, prior = draw(state, train, cells, config)
+    images, alphas, meta = _draw(state, train, cells, config, corrects)
     clock("forward")
     mask_weight = config.mask_weight if train.has_alpha else 0.0
     losses = [
         photometric_loss(image, alpha[..., 0], train.images[cell], background, config.ssim_weight, mask_weight)
         for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True)
     ]
-    loss = torch.stack(losses).mean() + _priors(state, config) + config.correction_weight * prior
+    loss = torch.stack(losses).mean() + _priors(state, config)
+    if state.rig is not None:
+        loss = loss + state.rig.prior()
     clock("loss")
     loss.backward()
     clock("backward")
     _set_learning_rates(state, config, fraction)
     state.adam.step()
     state.adam.zero_grad()
-    if corrects is not None:
-        corrects.step(config.lr_corrections * config.lr_end ** min(1.0, fraction))
+    if state.rig is not None:
+        state.rig.step(config.lr_end ** min(1.0, fraction))
     if config.min_scale:
         pixel = 2 * state.half_side / max(train.width, train.height)
         state.gaussians.log_scales.data.clamp_(min=math.log(config.min_scale * pixel))
@@ -160,29 +173,29 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     return loss.detach()
 
 
-def _draw(state: State, train: Dataset, cells: Tensor, config: ReconstructConfig):
-    """Images [C, H, W, 3], alphas [C, H, W, 1], meta and no prior: the cells as their cameras and times say."""
-    gaussians, motion = state.gaussians.activated(train.times[cells])
+def _draw(
+    state: State, train: Dataset, cells: Tensor, config: ReconstructConfig, learned: corrections.Corrections | None
+):
+    """Images [C, H, W, 3], alphas [C, H, W, 1] and meta: the cells as cameras, times and their corrections say."""
+    viewmats = train.viewmats[cells] if state.rig is None else state.rig.viewmats(train, cells)
+    times = train.times[cells]
+    if learned is not None:
+        cameras = [learned.camera(k, train) for k in cells.tolist()]
+        viewmats, times = torch.stack([c[0] for c in cameras]), torch.stack([c[1] for c in cameras])
+    gaussians, motion = state.gaussians.activated(times)
     images, alphas, meta = rasterize(
-        **gaussians, viewmats=train.viewmats[cells], Ks=train.Ks[cells], width=train.width, height=train.height,
+        **gaussians, viewmats=viewmats, Ks=train.Ks[cells], width=train.width, height=train.height,
         sh_degree=config.sh_degree, motion=motion,
         rasterize_mode="antialiased" if config.antialiased else "classic",
     )  # fmt: skip
-    return images, alphas, meta, 0.0
-
-
-def _draw_corrected(
-    learned: corrections.Corrections, state: State, train: Dataset, cells: Tensor, config: ReconstructConfig
-):
-    """Like _draw, with each cell's own correction, and the mean of their priors."""
-    found = [learned.of_picture(k) for k in cells.tolist()]
-    viewmats = [learned.viewmat(train.viewmats[k], c.poses) for k, (c, _) in zip(cells, found, strict=True)]
-    times = [train.times[k] + (0 if c.times is None else c.times[0]) for k, (c, _) in zip(cells, found, strict=True)]
-    seen = replace(train, viewmats=torch.stack(viewmats), times=torch.stack(times), Ks=train.Ks[cells])
-    images, alphas, meta, _ = _draw(state, seen, torch.arange(len(cells), device=cells.device), config)
-    bent = [corrections.corrected_image(images[k], alphas[k], c) for k, (c, _) in enumerate(found)]
-    prior = torch.stack([p for _, p in found]).mean()
-    return torch.stack([b[0] for b in bent]), torch.stack([b[1] for b in bent]), meta, prior
+    if learned is None:
+        return images, alphas, meta
+    mapped = []
+    for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True):
+        learned.visit(cell, image.detach(), alpha.detach(), train, state.gaussians)
+        mapped.append(corrections.corrected(torch.cat([image, alpha], -1), learned.of_picture(cell, train)))
+    layers = torch.stack(mapped)
+    return layers[..., :3], layers[..., 3:], meta
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from scenes import FRAMES, SIZE, gaussians_4d, moving_ball
 
 from d2.config import load
 from d2.errors import ConflictError, InputError, NumericalError, Stopped
-from d2.recon import checkpoint, dataset, densify, hull, pipeline, train
+from d2.recon import checkpoint, dataset, densify, hull, pipeline, rig, train
 from d2.recon.config import ReconstructConfig
 from d2.run import Run
 
@@ -185,8 +185,16 @@ def fit(source, out, sets=(), **arguments):
 
 
 @pytest.mark.parametrize("step", [33, 47])  # before and after the average of the model begins
-def test_resumed_runs_end_with_the_same_bits(run_folder, tmp_path, step):
-    corrected = ("correct_colors=true", "correct_poses=true", "correct_times=true", "correct_warps=true")
+def test_resumed_runs_end_with_the_same_bits(run_folder, tmp_path, step, monkeypatch):
+    monkeypatch.setattr(rig, "PROBE_STEPS", 5)
+    monkeypatch.setattr(rig, "REFINE_STEPS", 10)
+    corrected = (
+        "correct_colors=true",
+        "correct_poses=true",
+        "correct_times=true",
+        "correct_blurs=true",
+        "refine_rig=true",
+    )
     whole = fit(run_folder, tmp_path / "whole", corrected)
     calls = iter(range(10_000))
     with pytest.raises(Stopped, match="go on with: d2 reconstruct") as stopped:
@@ -270,12 +278,14 @@ def test_no_needle_is_thinner_than_the_floor(run_folder):
 
 
 def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
-    names = sorted(pipeline.GENERATED)
-    made, true = (pipeline._settled(ReconstructConfig(), folder) for folder in (finished, run_folder))
-    assert names == ["min_scale", "opacity_weight"]
-    assert [getattr(made, name) for name in names] == [pipeline.GENERATED[name] for name in names]
-    assert [getattr(true, name) for name in names] == [0, 0]
-    assert pipeline._settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
+    names = list(pipeline.DISAGREEING)
+    made, true = (
+        pipeline.settled(ReconstructConfig(), pipeline._is_generated(folder)) for folder in (finished, run_folder)
+    )
+    assert (made.disagreement, true.disagreement) == (True, False) and made.correct_blurs
+    assert [getattr(made, name) for name in names] == [pipeline.DISAGREEING[name] for name in names]
+    assert not any(getattr(true, name) for name in names)
+    assert pipeline.settled(load(ReconstructConfig, {"min_scale": 0.1}), True).min_scale == 0.1
 
 
 def test_the_average_looks_back_over_the_last_steps_and_is_what_is_kept(run_folder):
