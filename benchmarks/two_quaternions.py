@@ -73,7 +73,7 @@ class _Sliced(torch.autograd.Function):
         arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
         N, kind = len(arrays[0]), arrays[0].dtype
         found = [np.empty((N, 3), kind), np.empty(N, kind), np.empty((N, 4), kind), np.empty((N, 3), kind)]
-        _slice(*arrays, *found, get_num_threads())
+        _slice(get_num_threads(), *arrays, *found)
         ctx.arrays = arrays
         return tuple(map(torch.from_numpy, found))
 
@@ -82,12 +82,12 @@ class _Sliced(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor):  # type: ignore[override]
         given = [np.ascontiguousarray(g.numpy()) for g in gradients]
         found = [np.empty_like(array) for array in ctx.arrays]
-        _slice_backward(*ctx.arrays, *given, *found, get_num_threads())
+        _slice_backward(get_num_threads(), *ctx.arrays, *given, *found)
         return tuple(map(torch.from_numpy, found))
 
 
 @njit(parallel=True, cache=True)
-def _slice(left, right, log_scales, velocities, durations, quats, scales, parts):
+def _slice(parts, left, right, log_scales, velocities, durations, quats, scales):
     N = len(left)
     for part in prange(parts):
         w = np.empty((ROOM, 4, 4))  # work space of a thread: small arrays of its own would cost more than the sums
@@ -104,7 +104,7 @@ def _slice(left, right, log_scales, velocities, durations, quats, scales, parts)
 
 @njit(parallel=True, cache=True)
 def _slice_backward(
-    left, right, log_scales, g_velocities, g_durations, g_quats, g_scales, g_left, g_right, g_logs, parts
+    parts, left, right, log_scales, g_velocities, g_durations, g_quats, g_scales, g_left, g_right, g_logs
 ):
     N = len(left)
     for part in prange(parts):
