@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 from two_quaternions import velocity_form
 
@@ -144,7 +144,7 @@ def start(data: Dataset, settings: Settings, seed: int, device: torch.device) ->
     count = min(settings.num_pts, round(settings.num_pts * data.width * data.height / REFERENCE_PIXELS))
     centre, half = hull.scene_box(data)
     points = centre + CUBE * half * rng.uniform(-1, 1, (count, 3))
-    distances, _ = cKDTree(points).query(points, k=4)
+    distances, _ = KDTree(points).query(points, k=4)
     spacing = np.sqrt((distances[:, 1:] ** 2).mean(1).clip(1e-7))
     scales = np.column_stack([np.repeat(np.log(spacing)[:, None], 3, 1), np.full(count, math.log(math.sqrt(0.2)))])
     still = torch.tensor([1.0, 0, 0, 0]).repeat(count, 1)

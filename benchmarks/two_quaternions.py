@@ -70,20 +70,24 @@ class _Principal(torch.autograd.Function):
 class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
-        N, kind = len(arrays[0]), arrays[0].dtype
-        found = [np.empty((N, 3), kind), np.empty(N, kind), np.empty((N, 4), kind), np.empty((N, 3), kind)]
+        arrays = [_float64(tensor) for tensor in tensors]
+        N = len(arrays[0])
+        found = [np.empty((N, 3)), np.empty(N), np.empty((N, 4)), np.empty((N, 3))]
         _slice(get_num_threads(), *arrays, *found)
         ctx.arrays = arrays
-        return tuple(map(torch.from_numpy, found))
+        return tuple(torch.from_numpy(array).to(tensors[0].dtype) for array in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor):  # type: ignore[override]
-        given = [np.ascontiguousarray(g.numpy()) for g in gradients]
+        given = [_float64(gradient) for gradient in gradients]
         found = [np.empty_like(array) for array in ctx.arrays]
         _slice_backward(get_num_threads(), *ctx.arrays, *given, *found)
-        return tuple(map(torch.from_numpy, found))
+        return tuple(torch.from_numpy(array).to(gradients[0].dtype) for array in found)
+
+
+def _float64(tensor: Tensor) -> np.ndarray:  # one type, so that the kernels compile once
+    return np.ascontiguousarray(tensor.detach().numpy(), np.float64)
 
 
 @njit(parallel=True, cache=True)
@@ -161,7 +165,7 @@ def _decompose(left, right, log_scales, w):
 
 @njit(cache=True)
 def _unit(q):
-    a, x, y, z = float(q[0]), float(q[1]), float(q[2]), float(q[3])
+    a, x, y, z = q[0], q[1], q[2], q[3]
     length = math.sqrt(a * a + x * x + y * y + z * z)
     return a / length, x / length, y / length, z / length
 
@@ -201,7 +205,7 @@ def _through_length(q, ga, gx, gy, gz, out):
     """The gradient by q [4] of what depends on q's direction alone."""
     a, x, y, z = _unit(q)
     along = a * ga + x * gx + y * gy + z * gz
-    length = math.sqrt(float(q[0]) ** 2 + float(q[1]) ** 2 + float(q[2]) ** 2 + float(q[3]) ** 2)
+    length = math.sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3])
     out[0], out[1] = (ga - a * along) / length, (gx - x * along) / length
     out[2], out[3] = (gy - y * along) / length, (gz - z * along) / length
 

@@ -31,7 +31,7 @@ class Agreement(NamedTuple):
     """Sums over the pixels of one pair of views."""
 
     squared: float  # of the colours' differences, over what both views must show, and the three channels
-    compared: int  # pixels that both views must show: what a nearer surface hides is left out
+    compared: int  # pixels that both views must show: what a nearer surface hides is left out, and edges
     gaps: int  # of them, those where the neighbour looks through the surface
     pixels: int  # solid pixels of the first view
 
@@ -42,11 +42,12 @@ def cross_view(
 ) -> dict[str, float | None]:
     """How well renders agree with renders of the same moment from a camera turned by 10° around the object.
 
-    Every solid pixel goes to where the neighbour sees its point, at the expected depth.  Where the neighbour sees a
-    nearer surface the point is hidden and does not count.  "cross_view_error" is the root mean square difference of
-    the colours of all others, 0..1; "cross_view_gaps" is the share of them behind which the neighbour sees something
-    farther, a surface that is there from one side only.  Both are 0 for one opaque, matt object; None without solid
-    pixels.  `index` chooses the cells whose cameras and moments are used.
+    Every solid pixel goes to where the neighbour sees its point, at the expected depth, between four pixels.  Where
+    any of them shows a nearer surface the point is hidden, and where they don't agree it is on an edge: neither
+    counts.  "cross_view_error" is the root mean square difference of the colours of all others, 0..1;
+    "cross_view_gaps" is the share of them where all four show something farther: a surface that is there from one side
+    only.  Both are 0 for one opaque, matt object; None without solid pixels.  `index` chooses the cells whose cameras
+    and moments are used.
     """
     centre, radius = framing(model)
     middle = torch.from_numpy(centre).to(cells.viewmats)
@@ -65,7 +66,7 @@ def cross_view(
 
 
 def compare(first: View, second: View, K: Tensor, tolerance: float) -> Agreement:
-    """The first view's solid pixels against what the second shows at the same points; `tolerance` is world."""
+    """The first view's solid pixels against what the second shows at the same points, within `tolerance` (world)."""
     solid = (first.alpha > SOLID).nonzero()
     points = _unproject(first, K, solid)
     camera = points @ second.viewmat[:3, :3].T + second.viewmat[:3, 3]
@@ -73,10 +74,12 @@ def compare(first: View, second: View, K: Tensor, tolerance: float) -> Agreement
     xy = projected[:, :2] / projected[:, 2:]
     height, width = second.alpha.shape
     seen = (camera[:, 2] > 0) & (xy >= 0.5).all(-1) & (xy <= xy.new_tensor([width, height]) - 0.5).all(-1)
-    column, row = (xy - 0.5).round().long().clamp_min(0).unbind(-1)
-    depth = second.depth[row.clamp_max(height - 1), column.clamp_max(width - 1)]
-    counted = seen & (depth > camera[:, 2] - tolerance)
-    gaps = counted & (depth > camera[:, 2] + tolerance)
+    column, row = (xy - 0.5).floor().long().clamp_min(0).unbind(-1)
+    columns, rows = ((k[:, None] + torch.arange(2, device=k.device)) for k in (column, row))
+    around = second.depth[rows.clamp_max(height - 1)[:, :, None], columns.clamp_max(width - 1)[:, None]].flatten(1)
+    behind, same = around > camera[:, 2:] + tolerance, (around - camera[:, 2:]).abs() <= tolerance
+    gaps = seen & behind.all(-1)
+    counted = gaps | (seen & same.all(-1))
     difference = first.image[solid[:, 0], solid[:, 1]] - _sample(second.image, xy)
     return Agreement(
         float(difference[counted].double().square().sum()), int(counted.sum()), int(gaps.sum()), len(solid)
