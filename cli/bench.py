@@ -42,6 +42,49 @@ def reconstruct(
 
 
 @app.command()
+def evaluate(
+    models: list[Path] = typer.Argument(
+        metavar="RUN...", help="Run folders, reconstructions in them, or gaussians.safetensors; several are seeds."
+    ),
+    truth: Path = typer.Option(help="A folder with transforms_test.json, else transforms.json."),
+    size: int | None = typer.Option(
+        None, min=8, max=4096, help="Longer image side in pixels, area-filtered; default: as the pictures are."
+    ),
+    points: Path | None = typer.Option(
+        None,
+        help="True points: a PLY file, or a folder of one a moment; default: points/ in the dataset, where it is.",
+    ),
+    lpips_weights: Path | None = typer.Option(
+        None, help="LPIPS with AlexNet or VGG16 (all of its state, as safetensors)."
+    ),
+    clip_weights: Path | None = typer.Option(None, help="OpenCLIP ViT-H/14, safetensors."),
+    i3d_weights: Path | None = typer.Option(None, help="I3D (RGB, Kinetics-400) for FVD, safetensors."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    out: Path | None = typer.Option(None, help="Folder for results.json, plots.png and worst.png."),
+    quiet: bool = typer.Option(False, help="No progress."),
+    json: bool = typer.Option(False, help="One JSON object on stdout."),
+) -> None:
+    """Compare reconstructions with pictures they have not seen; mean ± standard deviation over several.
+
+    PSNR, SSIM, MS-SSIM, flicker, agreement between neighbouring views, geometry; LPIPS, CLIP-I and FVD with weights.
+    """
+    from d2.cli import report
+    from d2.recon import evaluation, evaluation_report
+
+    weights = evaluation.Weights(lpips_weights, clip_weights, i3d_weights)
+    with report.observer(quiet) as observer:
+        result = evaluation.evaluate(
+            models, truth, size=size, points=points, weights=weights, device=device, out=out, observer=observer
+        )
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(result))
+        return
+    typer.echo(evaluation_report.as_text(result))
+
+
+@app.command()
 def composition(
     toys: int = typer.Option(32, min=1, max=100_000, help="Toys of the test split."),
     few: int = typer.Option(8, min=1, help="How many of them go through every mode, schedule and control."),

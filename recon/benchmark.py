@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from d2 import config as configuration
 from d2 import images, machine
 from d2.errors import InputError
-from d2.recon import dataset, train
+from d2.recon import dataset, evaluation, evaluation_report, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.gaussians import Gaussians4D
-from d2.recon.metrics import psnr, psnr_foreground, ssim
+from d2.recon.metrics import by_elevation, psnr, psnr_foreground, ssim
 from d2.recon.pipeline import Observer, kernel_threads
 from d2.recon.raster import choose_backend
 
 TRAIN_SAMPLE = 48  # training cells that psnr_train is averaged over
-WORST_SHOWN = 4  # test views on the sheet of worst cases
 
 
 def reconstruct(
@@ -62,7 +63,8 @@ def reconstruct(
         observer.message("Measuring on the test views")
         result = measure(model, test.to(place), settings)
         sample = torch.linspace(0, len(data) - 1, min(TRAIN_SAMPLE, len(data))).round().long()
-        result["psnr_train"] = measure(model, data.subset(sample).to(place), settings)["psnr"]
+        seen = measure(model, data.subset(sample).to(place), settings)
+        result |= {"psnr_train": seen["psnr"], "psnr_train_by_elevation": seen["psnr_by_elevation"]}
         if out is not None:
             model.save(Path(out) / "gaussians.safetensors", {"frames": str(data.frames)})
             images.write_png(Path(out) / "worst.png", worst_sheet(model, test.to(place), settings))
@@ -84,10 +86,17 @@ def reconstruct(
 
 @torch.no_grad()
 def measure(model: Gaussians4D, cells: dataset.Dataset, settings: ReconstructConfig) -> dict[str, Any]:
-    """psnr, psnr_foreground, ssim (means over images) and psnr_worst of a model against a dataset."""
+    """psnr, psnr_foreground, ssim (means over images), psnr_worst and psnr_by_elevation of a model on a dataset."""
+    return measure_pictures(lambda k: train.draw_cell(model, cells, k, settings.antialiased), cells)
+
+
+@torch.no_grad()
+def measure_pictures(draw: Callable[[int], Tensor], cells: dataset.Dataset) -> dict[str, Any]:
+    """`measure` for anything that draws cell k [H, W, 3] on the dataset's background."""
     whole, inside, similarity = [], [], []
     for k in range(len(cells)):
-        picture, truth, alpha = _pair(model, cells, k, settings)
+        picture = draw(k)
+        truth, alpha = evaluation.pair_truth(cells, k)
         whole.append(psnr(picture, truth))
         similarity.append(float(ssim(picture.clamp(0, 1), truth)))
         foreground = psnr_foreground(picture, truth, alpha)
@@ -98,23 +107,18 @@ def measure(model: Gaussians4D, cells: dataset.Dataset, settings: ReconstructCon
         "ssim": round(statistics.fmean(similarity), 4),
         "psnr_foreground": round(statistics.fmean(inside), 3) if inside else None,
         "psnr_worst": round(min(whole), 3),
+        "psnr_by_elevation": by_elevation(whole, evaluation.camera_elevations(cells)),
     }
 
 
 @torch.no_grad()
 def worst_sheet(model: Gaussians4D, cells: dataset.Dataset, settings: ReconstructConfig) -> np.ndarray:
     """uint8 picture: the worst test views, truth above, render in the middle, difference ×4 below."""
-    pairs = [_pair(model, cells, k, settings)[:2] for k in range(len(cells))]
-    pairs.sort(key=lambda pair: psnr(*pair))
-    columns = [torch.cat([truth, picture, 1 - 4 * (truth - picture).abs()]) for picture, truth in pairs[:WORST_SHOWN]]
-    return images.to_uint8(torch.cat(columns, 1).cpu().numpy())
-
-
-def _pair(model: Gaussians4D, cells: dataset.Dataset, k: int, settings: ReconstructConfig):
-    """Render, truth [H, W, 3] on the background, and the truth's alpha [H, W]."""
-    rgba = cells.images[k].float() / 255
-    truth = rgba[..., :3] + (1 - rgba[..., 3:]) * cells.background
-    return train.draw_cell(model, cells, k, settings.antialiased), truth, rgba[..., 3]
+    angles = evaluation.camera_elevations(cells)
+    renders = (train.draw_cell(model, cells, k, settings.antialiased) for k in range(len(cells)))
+    return evaluation_report.worst_sheet(
+        evaluation.picture_of(render, cells, k, float(angles[k])) for k, render in enumerate(renders)
+    )
 
 
 def _warm_up(data: dataset.Dataset, settings: ReconstructConfig, place: torch.device) -> None:

@@ -33,7 +33,7 @@ from d2.previews import alpha_from_white
 from d2.recon import benchmark, dataset
 from d2.recon.config import ReconstructConfig
 from d2.recon.gaussians import Gaussians4D
-from d2.recon.metrics import psnr, psnr_foreground, ssim
+from d2.recon.metrics import over_time, psnr, psnr_foreground, ssim
 from d2.recon.pipeline import reconstruct
 from d2.run import Run, is_run
 from d2.settings import GenerateConfig
@@ -56,7 +56,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 MAIN = "composed", "view only", "frame only"
 ANCHOR = "anchor last"  # the views are sampled from the video's last frame, as the reference implementation does
-STILL = 0.01  # the greatest change of a pixel's true colour that counts as none, of 0..1
 PROBE_SIGMA = 1.0  # noise level at which samples are judged by the models
 # Of the reconstruction whose residual tells how consistent a sample is; the same for samples and controls.
 FIT_SETS = ("holdout=0", "iterations=1500", "min_scale=0", "opacity_weight=0")
@@ -201,16 +200,11 @@ def scores_of(
     x, y, alpha = sample[:-1, 1:], truth[:-1, 1:, :3], truth[:-1, 1:, 3]
     flat = [(p.flatten(0, 1).permute(0, 2, 3, 1)) for p in (x, y)]
     similarity = [float(ssim(a, b)) for a, b in zip(*flat, strict=True)]
-    change, expected = sample.diff(dim=1)[:-1], truth[:, :, :3].diff(dim=1)[:-1]
-    still = (expected.abs().amax(2) < STILL) & (truth[:-1, 1:, 3] > 0.5)
-    flicker = change.movedim(2, -1)[still].square().mean().sqrt()
     return {
         "psnr": psnr(x, y),
         "psnr foreground": psnr_foreground(*(p.movedim(2, -1) for p in (x, y)), alpha),
         "ssim": statistics.fmean(similarity),
-        "flicker": float(flicker),
-        "motion": float((change * expected).sum() / expected.square().sum()),
-    }
+    } | over_time(zip(sample[:-1], truth[:-1], strict=True))
 
 
 def fit_residual(run: Path) -> float:

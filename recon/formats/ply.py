@@ -183,26 +183,46 @@ def read(
     a zero quaternion is dropped, and `warn` is told how many were; scales are clamped as in `encode`.  Raises
     InputError for anything that is not such a file, before memory is taken for its content.
     """
-    path = Path(path)
     label = fileio.quoted(path)
-    if not path.is_file():
-        raise InputError(f"{label} {'is not a regular file' if path.exists() else 'does not exist'}")
-    try:
-        with open(path, "rb") as file:
-            header = _read_header(file, label)
-            degree = _checked_degree(header, path.stat().st_size, label)
-            # plyfile maps a binary file; the text wrapper it puts around others must not close ours.
-            stream = io.BytesIO(file.read()) if header.ascii else file
-            rows = _read_rows(stream, degree, label)
-    except OSError as error:
-        raise InputError(f"cannot read {label}: {(error.strerror or str(error)).lower()}") from error
+    rows, comments = _read_vertices(path, label, _splat_names)
     good = np.isfinite(rows).all(1) & (rows[:, 10:14] != 0).any(1)
     why = "Gaussians hold NaN, infinity or a zero quaternion"
     if not good.any():
         raise InputError(f"{label}: all {len(rows)} {why}")
     if not good.all():
         warn(f"{label}: {int((~good).sum())} of {len(rows)} {why}; they are dropped")
-    return from_frame(_activated(rows[good]), frame or _frame_of(header.comments))
+    return from_frame(_activated(rows[good]), frame or _frame_of(comments))
+
+
+def read_points(path: str | Path) -> np.ndarray:  # [N, 3] float32
+    """The finite vertices of a PLY file of points, as they stand in it; anything else it says of them is ignored.
+
+    Raises InputError for anything that is not such a file, before memory is taken for its content.
+    """
+    label = fileio.quoted(path)
+    rows, _ = _read_vertices(path, label, lambda vertex, label: _require(["x", "y", "z"], vertex, label, "points"))
+    finite = rows[np.isfinite(rows).all(1)]
+    if not len(finite):
+        raise InputError(f"{label}: all {len(rows)} points hold NaN or infinity")
+    return finite
+
+
+def _read_vertices(
+    path: str | Path, label: str, choose: Callable[[_Element, str], list[str]]
+) -> tuple[np.ndarray, list[str]]:
+    """Rows [N, P] of the vertices' properties that `choose` names, and the file's comments."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{label} {'is not a regular file' if path.exists() else 'does not exist'}")
+    try:
+        with open(path, "rb") as file:
+            header = _read_header(file, label)
+            names = choose(_checked_vertex(header, path.stat().st_size, label), label)
+            # plyfile maps a binary file; the text wrapper it puts around others must not close ours.
+            stream = io.BytesIO(file.read()) if header.ascii else file
+            return _read_rows(stream, names, label), header.comments
+    except OSError as error:
+        raise InputError(f"cannot read {label}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _read_header(file: BinaryIO, label: str) -> _Header:
@@ -232,7 +252,9 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
             case ["property", kind, name] if kind in _SIZES and elements and name not in elements[-1].properties:
                 elements[-1].properties[name] = _SIZES[kind]
             case ["property", "list", *_]:
-                raise InputError(f"{label}: list properties have no place in a Gaussian splatting PLY")
+                raise InputError(
+                    f"{label}: list properties are not read; expected points or Gaussians alone, without faces"
+                )
             case _:
                 raise InputError(f"{label}: cannot understand the PLY header line {line[:80]!r}")
     if form is None:
@@ -240,8 +262,8 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
     return _Header(form == "ascii", elements, comments, end + len(newline) * 2 + len(b"end_header"))
 
 
-def _checked_degree(header: _Header, file_size: int, label: str) -> int:
-    """The degree of a header whose counts fit the file and whose properties are a splat's."""
+def _checked_vertex(header: _Header, file_size: int, label: str) -> _Element:
+    """The vertex element of a header whose counts fit the file."""
     vertex = next((element for element in header.elements if element.name == "vertex"), None)
     if vertex is None or not 0 < vertex.rows <= MAX_GAUSSIANS:
         count = "no" if vertex is None else vertex.rows
@@ -252,13 +274,23 @@ def _checked_degree(header: _Header, file_size: int, label: str) -> int:
         raise InputError(f"{label} is truncated: its header announces {needed} bytes of data, {present} follow")
     if any(element.rows == 0 or not element.properties for element in header.elements):
         raise InputError(f"{label}: an element of the PLY is empty")
-    missing = [name for name in _FIXED if name not in vertex.properties]
-    if missing:
-        raise InputError(f"{label} holds no 3D Gaussians: {', '.join(missing[:3])} missing of {len(_FIXED)} properties")
+    return vertex
+
+
+def _splat_names(vertex: _Element, label: str) -> list[str]:
+    """The properties of a splat: those of _FIXED, then f_rest."""
+    _require(_FIXED, vertex, label, "3D Gaussians")
     rest = sum(name.startswith("f_rest_") for name in vertex.properties)
     if rest not in _REST or any(f"f_rest_{k}" not in vertex.properties for k in range(rest)):
         raise InputError(f"{label} has {rest} f_rest properties; expected f_rest_0 … of 0, 9, 24 or 45")
-    return _REST[rest]
+    return [*_FIXED, *_rest_names(_REST[rest])]
+
+
+def _require(names: list[str], vertex: _Element, label: str, what: str) -> list[str]:
+    missing = [name for name in names if name not in vertex.properties]
+    if missing:
+        raise InputError(f"{label} holds no {what}: {', '.join(missing[:3])} missing of {len(names)} properties")
+    return names
 
 
 def _least_bytes(element: _Element, text: bool) -> int:
@@ -266,11 +298,10 @@ def _least_bytes(element: _Element, text: bool) -> int:
     return element.rows * (2 * len(element.properties) if text else sum(element.properties.values()))
 
 
-def _read_rows(stream: BinaryIO, degree: int, label: str) -> np.ndarray:  # [N, 14 + f_rest] float32
-    """The vertex element's values in the order of _FIXED, then f_rest; the header has been checked."""
+def _read_rows(stream: BinaryIO, names: list[str], label: str) -> np.ndarray:  # [N, P] float32
+    """The vertex element's values in the order of `names`; the header has been checked."""
     from plyfile import PlyData, PlyParseError
 
-    names = [*_FIXED, *_rest_names(degree)]
     try:
         vertex = PlyData.read(stream)["vertex"].data
         with np.errstate(over="ignore", invalid="ignore"):  # a double beyond float32 becomes infinite: dropped later
