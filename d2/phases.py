@@ -16,7 +16,7 @@ from torch import Tensor
 from d2 import cells, fileio, images, previews, snapshot
 from d2.compose import needed
 from d2.denoiser import Estimate, MatrixDenoiser
-from d2.errors import InputError, NumericalError, Stopped, WorkerError
+from d2.errors import InputError, NumericalError, ResourceError, Stopped, WorkerError
 from d2.matrix import cell_path
 from d2.noise import cell_noise, matrix_noise, starting_point
 from d2.pair import AXES, Model, Pair, model_angles
@@ -282,12 +282,13 @@ class _Loop:
         self._report()
         try:
             return sample_matrix(start, self.plan, columns, rows, noise, self._seen, self._together)
-        except (NumericalError, WorkerError) as error:
+        except NumericalError as error:
             self._save()
-            after = "the state before it is saved"
-            if isinstance(error, WorkerError):
-                raise WorkerError(f"{error}; {after}, go on with: {self.job.resume_command}") from error
-            raise NumericalError(f"{error}; {after} in {self._path}") from error
+            raise NumericalError(f"{error}; the state before it is saved in {self._path}") from error
+        except (ResourceError, WorkerError) as error:
+            self._save()
+            after = f"the state before it is saved, go on with: {self.job.resume_command}"
+            raise type(error)(f"{error}; {after}") from error
 
     def _together(
         self, views: MatrixDenoiser | None, frames: MatrixDenoiser | None, x: Tensor, sigma: float
