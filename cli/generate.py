@@ -57,6 +57,7 @@ def generate(
     cells: str | None = typer.Option(
         None, help="views=3,4 or frames=0: sample these of a finished run again (with another --seed), keep the rest."
     ),
+    dry_run: bool = typer.Option(False, help="Tell memory, arithmetic and time, then stop; weights are not needed."),
     resume: bool = typer.Option(True, "--resume/--overwrite", help="Go on with an unfinished run, or replace it."),
     quiet: bool = typer.Option(False, help="No progress."),
     json: bool = typer.Option(False, help="Print the result as one JSON object."),
@@ -68,12 +69,20 @@ def generate(
     if seeds is not None and (seed is not None or cells is not None or references_only):
         raise UsageError("--seeds does not go with --seed, --cells or --references-only")
     given = the_input(source, asset)
-    from d2 import generation, launch, sweep
+    from d2 import budget, generation, launch, sweep
     from d2.cli import report, stop
 
     shortcuts = shortcut_sets(
         seed=seed, elevation_deg=elevation_deg, image_frame_ratio=image_frame_ratio, motion=motion, fps=fps
     )
+    if dry_run:
+        planned = budget.dry_run(source, preset, tuple(set) + shortcuts, device, gpus)
+        if json:
+            import dataclasses
+            import json as encoder
+
+            return typer.echo(encoder.dumps(dataclasses.asdict(planned)))
+        return typer.echo(planned.text())
     with report.observer(quiet) as observer, stop.StopFlag() as should_stop:
         options = {
             "preset": preset, "sets": tuple(set) + shortcuts, "weights": weights, "device": device, "views": views,

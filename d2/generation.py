@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2 import __version__, asset, cells, fileio, images, inputs, launch, preprocess
+from d2 import __version__, asset, budget, cells, fileio, images, inputs, launch, preprocess
 from d2 import config as configuration
 from d2.asset import Asset
 from d2.errors import ConflictError, InputError
@@ -134,7 +134,16 @@ def generate(
         with _held(home, target, settings.fps or given.clip.fps or DEFAULT_FPS) as run:
             if pictures:
                 _write_inputs(run.folder, pictures, identity)
-            job = Job(run, settings, pair, _digest(_compared(identity)), observer, should_stop, command, again)
+            job = Job(
+                run,
+                budget.fitted(settings, pair.device),
+                pair,
+                _digest(_compared(identity)),
+                observer,
+                should_stop,
+                command,
+                again,
+            )
             job.references()
             if not references_only:
                 job.draw(job.matrix(), _record(identity, settings, given))

@@ -52,18 +52,17 @@ def load(settings: GenerateConfig, weights: str | Path | None, device: str) -> P
         raise InputError(f"compile {settings.compile}: on a GPU only; leave it off")
     if settings.compile != "off" and settings.offload:
         raise InputError(f"compile {settings.compile}: a network that comes and goes (offload) is not compiled")
-    how = Execution(
-        dtype(settings, place), settings.offload, settings.guidance_halves, settings.feed_forward_chunk,
-        settings.channels_last, settings.compile,
+    return load_models(settings, weights, place, execution(settings, place))
+
+
+def execution(settings: GenerateConfig, device: torch.device) -> Execution:
+    """How the networks run there."""
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Execution(
+        automatic if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        settings.offload, settings.guidance_halves, settings.feed_forward_chunk, settings.channels_last,
+        settings.compile,
     )  # fmt: skip
-    return load_models(settings, weights, place, how)
-
-
-def dtype(settings: GenerateConfig, device: torch.device) -> torch.dtype:
-    """Of the networks that denoise."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, settings.dtype)
 
 
 def _own_device(device: torch.device) -> torch.device:

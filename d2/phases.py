@@ -159,7 +159,7 @@ class Job:
         lines = self.redo.along(axis) if self.redo and together is None else None
         pictures = [read_picture(path, c.size) for path in references]
         conditions = self._conditions(model, pictures, axis)
-        in_flight = c.rows_in_flight if model == "frame" else c.frames if together else c.columns_in_flight
+        in_flight = c.frames if together else (c.rows_in_flight if model == "frame" else c.columns_in_flight) or 1
         chosen = conditions if lines is None else [conditions[line] for line in lines]
         denoise = self.pair.lines(model, chosen, in_flight, together, worked_out.guided_from(model))
         if self.redo is None or known is None:

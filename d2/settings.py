@@ -50,8 +50,10 @@ class GenerateConfig(SamplerConfig, PairConfig):
     cond_aug_frame: float = option(0.02, "noise on the frame model's picture, standard deviation", ge=0, le=10)
     cond_aug_view: float = option(1e-5, "noise on the view model's picture, standard deviation", ge=0, le=10)
 
-    columns_in_flight: int = option(1, "columns that one evaluation takes", ge=1, le=1000)
-    rows_in_flight: int = option(1, "rows that one evaluation takes", ge=1, le=1000)
+    columns_in_flight: int | None = option(
+        None, "columns that one evaluation takes; default what a GPU's free memory holds, on a CPU 1", ge=1, le=1000
+    )
+    rows_in_flight: int | None = option(None, "rows that one evaluation takes; default likewise", ge=1, le=1000)
     decode_chunk: int = option(10, "frames that the decoder takes at a time; seams lie between", ge=1, le=1000)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "precision of the networks that denoise; auto is bfloat16 on a GPU, float32 elsewhere"

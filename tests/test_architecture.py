@@ -27,7 +27,7 @@ LAYERS = [
     ["toybox"],
     ["cells", "settings", "snapshot", "ranks"],
     ["phases", "sequences", "launch"],
-    ["publish"],
+    ["publish", "budget"],
     ["generation", "train"],
     ["sweep"],
 ]
