@@ -61,7 +61,7 @@ class Group(AbstractContextManager):
         self.patience, self.dead = patience, dead
         self.lost: D2Error | None = None
         self.closing = False  # from now on ranks may end
-        self.moved = 0  # bytes of cells that left this rank
+        self.moved = 0  # bytes of cells that left or reached this rank
         self._over = threading.Event()
         self._calling = False  # whether the main thread is inside the library
         self._assemble(join)
@@ -118,7 +118,7 @@ class Group(AbstractContextManager):
     def _exchange(self, source: Tensor, outgoing: list[int], incoming: list[int]) -> Tensor:
         source = source.to(self.device).contiguous()
         target = torch.empty(sum(incoming), device=self.device)
-        self.moved += 4 * (len(source) - outgoing[self.rank])
+        self.moved += 4 * (sum(outgoing) - outgoing[self.rank] + sum(incoming) - incoming[self.rank])
         self._wait(lambda: self.cells.alltoall_base(target, source, incoming, outgoing))
         return target
 
