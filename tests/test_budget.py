@@ -1,5 +1,6 @@
 """What a plan says against what happens: live bytes against the process's own peak, arithmetic, what saves memory."""
 
+import ctypes
 import dataclasses
 import math
 import re
@@ -17,7 +18,7 @@ from d2.models.blocks import FeedForward
 from d2.models.conditioner import Conditioning
 from d2.models.offload import Offload
 from d2.models.unet import VideoUNet
-from d2.pair import Execution
+from d2.pair import Execution, load_models
 from d2.sampler import SamplerConfig, plan
 from d2.settings import GenerateConfig
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 OFFICIAL = GenerateConfig()
 MIDDLE = GenerateConfig(
     unet_channels=64, unet_mult=(1, 2), unet_blocks=1, unet_attention=(1, 2), clip_output=32, embedding=16,
-    views=4, frames=4, size=384,
+    views=4, frames=4, size=256,
 )  # fmt: skip
 
 
@@ -52,8 +53,9 @@ def test_the_plans_peak_is_what_a_middle_sized_network_takes(one_thread):
     reset = Path("/proc/self/clear_refs")
     try:
         rows(x, 2.0)  # libraries make their own room
+        ctypes.CDLL(None).malloc_trim(0)
         reset.write_text("5")
-    except OSError:
+    except (OSError, AttributeError):
         pytest.skip("the kernel does not let a process reset its peak")
     before = peak_rss()
     rows(x, 2.0)
@@ -131,21 +133,24 @@ def test_a_feed_forward_layer_in_chunks_is_the_same_layer(chunk):
         torch.testing.assert_close(layer(x), whole)
 
 
-def test_an_offloaded_network_is_elsewhere_only_while_it_runs_and_computes_the_same():
+def test_offloading_covers_every_weight_in_the_order_of_running_and_takes_turns(monkeypatch, tiny):
     unet = network(dataclasses.replace(MIDDLE, size=64))
-    before = {name: p.data_ptr() for name, p in unet.named_parameters()}
-    offload = Offload(unet, torch.device("meta"))
-    offload.fetch()
-    assert {p.device.type for p in unet.parameters()} == {"meta"}
-    offload.release()
-    assert {name: p.data_ptr() for name, p in unet.named_parameters()} == before
-    assert (
-        offload.blocks[0] is unet.time_embed
-        and len(offload.blocks) == len(unet.input_blocks) + len(unet.output_blocks) + 4
-    )
+    offload = Offload(unet, CPU)
+    assert offload.blocks[0] is unet.time_embed
+    assert len(offload.blocks) == len(unet.input_blocks) + len(unet.output_blocks) + 4
     with pytest.raises(AssertionError, match="belongs to no block"):
         unet.register_parameter("stray", nn.Parameter(torch.zeros(1)))
         Offload(unet, CPU)
+    turns = []
+    monkeypatch.setattr(Offload, "fetch", lambda self, whole=False: turns.append("whole" if whole else "fetch"))
+    monkeypatch.setattr(Offload, "release", lambda self: turns.append("release"))
+    settings = load(GenerateConfig, tiny / "preset.yaml")
+    pair = load_models(settings, tiny, CPU, Execution(offload=True))
+    cond = Conditioning(torch.randn(1, 3, 24), torch.randn(1, 3, *settings.latent), torch.randn(1, 3, 24))
+    rows = pair.lines("frame", [cond])
+    for _ in range(2):
+        rows(torch.randn(1, 3, *settings.latent), 2.0)
+    assert turns == ["release", "whole", "release", "fetch", "release", "fetch", "release"]
 
 
 @pytest.mark.parametrize(("sets", "first"), [
