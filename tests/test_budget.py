@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 OFFICIAL = GenerateConfig()
 MIDDLE = GenerateConfig(
     unet_channels=64, unet_mult=(1, 2), unet_blocks=1, unet_attention=(1, 2), clip_output=32, embedding=16,
-    views=4, frames=4, size=256,
+    views=4, frames=4, size=192,
 )  # fmt: skip
 
 
