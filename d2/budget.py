@@ -177,8 +177,8 @@ def budget(settings: GenerateConfig, device: torch.device, ranks: int = 1) -> Bu
     """The plan for one run on this machine; no weights are read."""
     how = execution(settings, device)
     settings = fitted(settings, device)
-    each = {model: evaluation(settings, model, how) for model in ("view", "frame")}
-    line = {model: found.flops * (2 if how.halves else 1) for model, found in each.items()}
+    each: dict[Model, Evaluation] = {model: evaluation(settings, model, how) for model in ("view", "frame")}
+    line: dict[Model, int] = {model: found.flops * (2 if how.halves else 1) for model, found in each.items()}
     total, slowest = _arithmetic(settings, line, ranks)
     single = [line["view"] * settings.steps, line["frame"] * settings.steps]  # the references, on one rank
     rows, drawing = -(-settings.views // ranks), decoding(settings)
@@ -231,7 +231,9 @@ def _arithmetic(settings: GenerateConfig, line: dict[Model, int], ranks: int) ->
         for model in lengths:
             guided = float(worked_out.sigmas[step]) <= worked_out.guided_from(model)
             cost[model] = line[model] * use[model] / (1 if guided else 2)
-        bundles = {model: [[i] for i in range(count[model] * use[model])] for model in lengths}
+        bundles: dict[Model, list[list[int]]] = {
+            model: [[i] for i in range(count[model] * use[model])] for model in lengths
+        }
         given = shares(bundles, lengths, ranks)
         loads = [sum(cost[model] * len(lines) for model, lines in mine.items()) for mine in given]
         times = worked_out.passes(step) * (2 if c.method == "heun" and step + 1 < c.steps else 1)

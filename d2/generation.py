@@ -98,8 +98,7 @@ def generate(
     Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk and
     memory, NumericalError (step, model, cell) where an estimate is not finite, WorkerError where a rank was lost.
     """
-    begin = time.monotonic()
-    observer = observer or Observer()
+    begin, observer = time.monotonic(), observer or Observer()
     settings = configuration.load(GenerateConfig, configuration.preset_path(preset, "generate"), sets=sets)
     _check_settings(settings, observer)
     if launch.helps():
@@ -134,16 +133,8 @@ def generate(
         with _held(home, target, settings.fps or given.clip.fps or DEFAULT_FPS) as run:
             if pictures:
                 _write_inputs(run.folder, pictures, identity)
-            job = Job(
-                run,
-                budget.fitted(settings, pair.device),
-                pair,
-                _digest(_compared(identity)),
-                observer,
-                should_stop,
-                command,
-                again,
-            )
+            fitted = budget.fitted(settings, pair.device)
+            job = Job(run, fitted, pair, _digest(_compared(identity)), observer, should_stop, command, again)
             job.references()
             if not references_only:
                 job.draw(job.matrix(), _record(identity, settings, given))
