@@ -21,6 +21,7 @@ WEIGHTS = typer.Option(
     None, help="Folder with svd_xt.safetensors and sv3d_p.safetensors; default: $D2_WEIGHTS or checkpoints/."
 )
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
+GPUS = typer.Option(1, min=1, max=1024, help="GPUs of this machine that share the work; with --device cpu, processes.")
 SEED = typer.Option(None, help="Seed of everything random (same as --set seed=N).")
 ELEVATION = typer.Option(None, help="Elevation of every view, degrees (same as --set elevation_deg=X).")
 RATIO = typer.Option(None, help="Share of the picture's side that the object takes up (--set image_frame_ratio=X).")
@@ -39,6 +40,7 @@ def generate(
     preset: str = PRESET,
     weights: Path | None = WEIGHTS,
     device: str = DEVICE,
+    gpus: int = GPUS,
     seed: int | None = SEED,
     elevation_deg: float | None = ELEVATION,
     image_frame_ratio: float | None = RATIO,
@@ -55,6 +57,7 @@ def generate(
     cells: str | None = typer.Option(
         None, help="views=3,4 or frames=0: sample these of a finished run again (with another --seed), keep the rest."
     ),
+    dry_run: bool = typer.Option(False, help="Tell memory, arithmetic and time, then stop; weights are not needed."),
     resume: bool = typer.Option(True, "--resume/--overwrite", help="Go on with an unfinished run, or replace it."),
     quiet: bool = typer.Option(False, help="No progress."),
     json: bool = typer.Option(False, help="Print the result as one JSON object."),
@@ -66,17 +69,25 @@ def generate(
     if seeds is not None and (seed is not None or cells is not None or references_only):
         raise UsageError("--seeds does not go with --seed, --cells or --references-only")
     given = the_input(source, asset)
-    from d2 import generation, sweep
+    from d2 import budget, generation, launch, sweep
     from d2.cli import report, stop
 
     shortcuts = shortcut_sets(
         seed=seed, elevation_deg=elevation_deg, image_frame_ratio=image_frame_ratio, motion=motion, fps=fps
     )
+    if dry_run:
+        planned = budget.dry_run(source, preset, tuple(set) + shortcuts, device, gpus)
+        if json:
+            import dataclasses
+            import json as encoder
+
+            return typer.echo(encoder.dumps(dataclasses.asdict(planned)))
+        return typer.echo(planned.text())
     with report.observer(quiet) as observer, stop.StopFlag() as should_stop:
         options = {
             "preset": preset, "sets": tuple(set) + shortcuts, "weights": weights, "device": device, "views": views,
             "mask": mask, "remove_background": remove_bg, "overwrite": not resume,
-            "references_only": references_only, "observer": observer, "should_stop": should_stop,
+            "references_only": references_only, "processes": gpus, "observer": observer, "should_stop": should_stop,
         }  # fmt: skip
         if seeds is not None:
             name = asset or source or Path()
@@ -84,6 +95,8 @@ def generate(
             results = sweep.sweep(given, folder, sweep.parse_seeds(seeds), **options)
         else:
             results = [generation.generate(given, out, redo=cells, **options)]
+    if launch.helps():
+        return
     if json:
         import dataclasses
         import json as encoder

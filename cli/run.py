@@ -19,6 +19,7 @@ def run(
     reconstruct_preset: str = typer.Option("quality", help="Of the reconstruction: quality, fast, or a YAML file."),
     weights: Path | None = options.WEIGHTS,
     device: str = options.DEVICE,
+    gpus: int = options.GPUS,
     seed: int | None = options.SEED,
     elevation_deg: float | None = options.ELEVATION,
     image_frame_ratio: float | None = options.RATIO,
@@ -39,6 +40,7 @@ def run(
     given = options.the_input(source, asset)
     from d2.cli import report, stop
     from d2.generation import generate
+    from d2.launch import helps
     from d2.recon import export, reconstruct
     from d2.run import Run
 
@@ -49,8 +51,10 @@ def run(
         made = generate(
             given, out, preset=preset, sets=tuple(set) + shortcuts, weights=weights, device=device, views=views,
             mask=mask, remove_background=remove_bg, overwrite=not resume, keep_finished=resume,
-            observer=observer, should_stop=should_stop,
+            processes=gpus, observer=observer, should_stop=should_stop,
         )  # fmt: skip
+        if helps():
+            return
         if Run.open(made.folder).stage("reconstruct:main") is None:
             reconstruct(
                 made.folder, preset=reconstruct_preset, sets=tuple(reconstruct_set), device=device,

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from d2.denoiser import Estimate
+from d2.denoiser import Estimate, MatrixDenoiser
 from d2.errors import InputError
 from d2.noise import starting_point
-from d2.sampler import MatrixDenoiser
 
 FIVE = None, None, None  # behind [V, F], for [V, F, C, h, w]
 

@@ -5,7 +5,8 @@ A denoiser maps a noisy latent to the estimate of the clean one.  It is pure: sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -54,6 +55,19 @@ class Estimate(NamedTuple):
     ) -> Tensor:
         """D = Du + g·(Dc - Du), classifier-free guidance."""
         return self.uncond + scale * (self.cond - self.uncond)
+
+
+MatrixDenoiser = Callable[[Tensor, float], Estimate]  # x [V, F, C, h, w] and sigma -> estimates like x
+
+
+def in_turn(
+    views: MatrixDenoiser | None,  # every column
+    frames: MatrixDenoiser | None,  # every row
+    x: Tensor,  # [V, F, C, h, w]
+    sigma: float,
+) -> tuple[Estimate | None, Estimate | None]:
+    """What both models make of the same matrix, one model after the other."""
+    return views(x, sigma) if views else None, frames(x, sigma) if frames else None
 
 
 def scalings(
@@ -179,7 +193,8 @@ class Lines:
     """A denoiser over all rows, or all columns, of the matrix, each with its guidance pair.
 
     `in_flight` lines go through one evaluation; 1 makes the result independent of how lines are shared out.
-    Where nothing is `guided` the unconditional half of each pair is left out.
+    With `halves` the two members of a pair are evaluated one after the other, which takes half the memory.
+    At noise levels above `guided_from` nothing is guided: the unconditional half of each pair is left out.
     A denoiser whose columns look at each other (conv_blend) needs all of them in flight.
     """
 
@@ -189,13 +204,16 @@ class Lines:
         conditions: Sequence[Conditioning],  # one of B = 1 for each line
         axis: Literal["rows", "columns"],
         in_flight: int = 1,
-        guided: bool = True,
+        guided_from: float = math.inf,
+        halves: bool = False,
     ) -> None:
         self.denoiser = denoiser
         self.axis = axis
         self.in_flight = in_flight
+        self.guided_from = guided_from
+        self.halves = halves
         self.cond = [denoiser.prepare(c) for c in conditions]  # once for the run
-        self.uncond = [denoiser.prepare(c.unconditional()) for c in conditions] if guided else []
+        self.uncond = [denoiser.prepare(c.unconditional()) for c in conditions] if guided_from > 0 else []
 
     def __call__(
         self,
@@ -206,9 +224,13 @@ class Lines:
         lines = x if self.axis == "rows" else x.transpose(0, 1)
         if len(lines) != len(self.cond):
             raise ValueError(f"{len(lines)} {self.axis} and {len(self.cond)} conditions")
+        here = lines.to(
+            self.cond[0].concat.device
+        ).contiguous()  # once a pass: nothing waits for the device between two lines
         chunks = [slice(i, i + self.in_flight) for i in range(0, len(lines), self.in_flight)]
-        pairs = [self.denoise(lines[chunk], sigma, chunk) for chunk in chunks]
-        uncond, cond = (torch.cat(part) for part in zip(*pairs, strict=True))
+        pairs = [self.denoise(here[chunk], sigma, chunk) for chunk in chunks]
+        cond = torch.cat([pair.cond for pair in pairs]).to(x.device)
+        uncond = torch.cat([pair.uncond for pair in pairs]).to(x.device) if sigma <= self.guided_from else cond
         if self.axis == "columns":
             return Estimate(uncond.transpose(0, 1), cond.transpose(0, 1))
         return Estimate(uncond, cond)
@@ -220,8 +242,20 @@ class Lines:
         chosen: slice,  # which lines they are
     ) -> Estimate:  # each like lines
         """Estimates of some lines, by one evaluation on [unconditional ; conditional]."""
-        both = join(self.uncond[chosen] + self.cond[chosen])
-        x = (torch.cat([lines, lines]) if self.uncond else lines).to(both.concat.device)
+        if sigma > self.guided_from:
+            estimate = self.evaluate(lines, sigma, self.cond[chosen])
+            return Estimate(estimate, estimate)
+        if self.halves:
+            return Estimate(*(self.evaluate(lines, sigma, half[chosen]) for half in (self.uncond, self.cond)))
+        return Estimate(
+            *self.evaluate(torch.cat([lines, lines]), sigma, self.uncond[chosen] + self.cond[chosen]).chunk(2)
+        )
+
+    def evaluate(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: float,
+        conditions: list[Conditioning],  # one for each of B
+    ) -> Tensor:  # like x
         levels = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        estimates = self.denoiser(x, levels, both).to(lines.device)
-        return Estimate(*estimates.chunk(2)) if self.uncond else Estimate(estimates, estimates)
+        return self.denoiser(x, levels, join(conditions))

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2 import __version__, asset, cells, fileio, images, inputs, machine, preprocess
+from d2 import __version__, asset, budget, cells, fileio, images, inputs, launch, preprocess
 from d2 import config as configuration
 from d2.asset import Asset
 from d2.errors import ConflictError, InputError
 from d2.inputs import Clip
 from d2.matrix import cell_path
-from d2.pair import Pair, check_size, load_models, model_angles
+from d2.pair import Pair, check_size, model_angles
 from d2.phases import INPUT, KEPT, REFERENCE_VIDEO, REFERENCE_VIEWS, Job, Observer
 from d2.run import MANIFEST, Run, is_run
 from d2.sampler import anchor, plan
@@ -33,7 +33,13 @@ STAGE = "generate"
 DEFAULT_FPS = 24.0
 BYTES_A_PIXEL = 4  # of a cell as PNG, at worst
 SHAPE = ("views", "frames", "size", "elevation_deg", "elevations_deg", "radius", "fov_deg", "clockwise")
-FREE_FOR_COMPARISON = ("d2", "torch", "input", "fps")  # recorded, but another one may go on with the run
+FREE_FOR_COMPARISON = (
+    "d2",
+    "torch",
+    "input",
+    "fps",
+    "rank_timeout",
+)  # recorded, but another one may go on with the run
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def generate(
     keep_finished: bool = False,
     references_only: bool = False,
     redo: str | None = None,
+    processes: int = 1,
     observer: Observer | None = None,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> Generation:
@@ -85,15 +92,18 @@ def generate(
     `redo` (`views=3,4` or `frames=0`) samples these rows or columns of a finished run again, on its references as
     they lie there, and keeps every other cell; seed and sampler may differ, the folder is replaced after success, and
     what was reconstructed from the old matrix goes with it, which needs `overwrite`.
+    `processes` ranks share the work, each with a GPU or a part of the CPU; or those that torchrun started.
     `should_stop()` returns a signal number to end early with everything saved (raises Stopped).
 
-    Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk
-    and NumericalError, naming step, model and cell, where an estimate is not finite.
+    Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk and
+    memory, NumericalError (step, model, cell) where an estimate is not finite, WorkerError where a rank was lost.
     """
-    begin = time.monotonic()
-    observer = observer or Observer()
+    begin, observer = time.monotonic(), observer or Observer()
     settings = configuration.load(GenerateConfig, configuration.preset_path(preset, "generate"), sets=sets)
     _check_settings(settings, observer)
+    if launch.helps():
+        launch.help_out(launch.load(settings, weights, device), settings)
+        return Generation(Path(out or ""), settings.views, settings.frames, time.monotonic() - begin, False)
     if isinstance(source, str | Path):
         source, solid = Path(source), False
         given = _read(source, settings, views, mask, remove_background, observer)
@@ -103,31 +113,31 @@ def generate(
     home = Path(out) if out is not None else Path("runs") / source.resolve().stem
     again = cells.parse(redo, settings.views, settings.frames) if redo is not None else None
     _require_place(home, overwrite or keep_finished or again is not None)
-    if again is not None:
+    if again:
         _require_same_shape(home, settings, overwrite)
-    place = machine.choose_device(device)
-    pair = load_models(settings, weights, place, _dtype(settings, place), settings.offload)
+    pair = launch.load(settings, weights, device)
     fileio.require_space(home, _space(settings))
     observer.message("Taking the checksums of the models")
     identity = _identity(settings, source, given, pair) | _redo_identity(home, redo)
     done = Generation(home, settings.views, settings.frames, 0.0, True)
-    if keep_finished and _is_finished(home) and not _difference(home, identity):
-        return done
-    target = _target(home, identity, overwrite or again is not None)
-    pictures = None
-    if not (target / CONFIG).exists():
-        pictures = _prepare(given, settings, observer) if again is None else _from_finished(home)
-    words = ["--asset"] * solid + [fileio.quoted(source)]
-    command = _resume_command(words, home, preset, sets, weights, views, mask, remove_background, overwrite)
-    command += f" --cells {redo}" if redo is not None else ""
-    fps = settings.fps or given.clip.fps or DEFAULT_FPS
-    with _held(home, target, fps) as run:
-        if pictures is not None:
-            _write_inputs(run.folder, pictures, identity)
-        job = Job(run, settings, pair, _digest(_compared(identity)), observer, should_stop, command, again)
-        job.references()
-        if not references_only:
-            job.draw(job.matrix(), _record(identity, settings, given))
+    with launch.gathered(pair, settings, processes) as pair:
+        if keep_finished and _is_finished(home) and not _difference(home, identity):
+            return done
+        target = _target(home, identity, overwrite or again is not None)
+        pictures = {}
+        if not (target / CONFIG).exists():
+            pictures = _from_finished(home) if again else _prepare(given, settings, observer)
+        words = ["--asset"] * solid + [fileio.quoted(source)]
+        command = _resume_command(words, home, preset, sets, weights, views, mask, remove_background, overwrite)
+        command += f" --cells {redo}" * bool(redo) + f" --gpus {processes}" * (processes > 1)
+        with _held(home, target, settings.fps or given.clip.fps or DEFAULT_FPS) as run:
+            if pictures:
+                _write_inputs(run.folder, pictures, identity)
+            fitted = budget.fitted(settings, pair.device)
+            job = Job(run, fitted, pair, _digest(_compared(identity)), observer, should_stop, command, again)
+            job.references()
+            if not references_only:
+                job.draw(job.matrix(), _record(identity, settings, given))
     if references_only:
         return replace(done, folder=target, seconds=time.monotonic() - begin, finished=False)
     if target != home:
@@ -355,12 +365,6 @@ def _space(settings: GenerateConfig) -> int:
     cells = settings.views * settings.frames + 2 * (settings.views + settings.frames)
     latent = 4 * math.prod(settings.latent)
     return cells * settings.size**2 * BYTES_A_PIXEL + 4 * settings.views * settings.frames * latent
-
-
-def _dtype(settings: GenerateConfig, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
 
 
 def _resume_command(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from d2 import fileio, machine
 from d2.config import config, option
-from d2.denoiser import Estimate, GatedDenoiser, Lines, UNetDenoiser
+from d2.denoiser import Estimate, GatedDenoiser, Lines, MatrixDenoiser, UNetDenoiser, in_turn
 from d2.errors import InputError, ResourceError, SetupError
 from d2.models import weights
-from d2.models.blocks import Blend
+from d2.models.blocks import Blend, FeedForward
 from d2.models.clip import ViTConfig
 from d2.models.conditioner import (
     SV3D_SLOTS,
@@ -29,6 +30,7 @@ from d2.models.conditioner import (
     sv3d_vector,
     svd_vector,
 )
+from d2.models.offload import Offload
 from d2.models.patch import PatchConfig, PatchFirstStage
 from d2.models.unet import UNetConfig, VideoUNet
 from d2.models.vae import FirstStage, VAEConfig
@@ -37,6 +39,19 @@ from d2.previews import LATENT_RGB
 
 Model = Literal["view", "frame"]
 AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
+Compile = Literal["off", "kernels", "graph"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the networks run; but for rounding it changes nothing of what they compute."""
+
+    dtype: torch.dtype = torch.float32  # of the UNets; what looks at pictures and draws them runs in float32
+    offload: bool = False  # UNets are on the device only while they run
+    halves: bool = False  # a guidance pair is evaluated one after the other
+    feed_forward_chunk: int = 0  # pixels that a feed-forward layer takes at a time, 0 all
+    channels_last: bool = False
+    compile: Compile = "off"  # fused kernels, or those replayed as a CUDA graph
 
 
 @config
@@ -123,8 +138,7 @@ def load_models(
     settings: PairConfig,
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    offload: bool = False,
+    execution: Execution | None = None,
 ) -> Pair:
     """The pair found in `folder`, $D2_WEIGHTS or checkpoints/, both headers checked, no tensor read yet.
 
@@ -134,7 +148,7 @@ def load_models(
     paths = _find(specs, folder)
     for model, spec in specs.items():
         weights.check(paths[model], spec)
-    return Pair(settings, specs, paths, torch.device(device), dtype, offload)
+    return Pair(settings, specs, paths, torch.device(device), execution or Execution())
 
 
 def checks(folder: str | Path | None = None) -> list[machine.Check]:
@@ -177,12 +191,12 @@ class Pair:
         specs: dict[Model, ModelSpec],
         paths: dict[Model, Path],
         device: torch.device,
-        dtype: torch.dtype,  # of the UNets; what looks at pictures and draws them runs in float32
-        offload: bool,
+        execution: Execution,
     ) -> None:
         self.settings, self.specs, self.paths = settings, specs, paths
-        self.device, self.dtype, self.offload = device, dtype, offload
+        self.device, self.execution = device, execution
         self.unets: dict[Model, VideoUNet] = {}
+        self.offloaded: dict[Model, Offload] = {}
         self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
 
     def digests(self) -> dict[str, str]:
@@ -192,6 +206,7 @@ class Pair:
     def release(self) -> None:
         """Lets the UNets go, so that the decoder has the memory."""
         self.unets.clear()
+        self.offloaded.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -209,7 +224,7 @@ class Pair:
         for line, picture in enumerate(pictures):
             with torch.no_grad():
                 token, latent = look(picture[None].to(self.device), noise(line)[None].to(self.device), cond_aug)
-            found.append(condition(token, latent, vector.to(self.device)).to(self.device, self.dtype))
+            found.append(condition(token, latent, vector.to(self.device)).to(self.device, self.execution.dtype))
         return found
 
     def view_vector(
@@ -231,34 +246,72 @@ class Pair:
         conditions: list[Conditioning],
         in_flight: int = 1,
         blend: Blend | None = None,
-        guided: bool = True,  # False where the unconditional estimate is not used
-    ) -> Callable[[Tensor, float], Estimate]:
+        guided_from: float = math.inf,  # noise level above which the unconditional estimate is not used
+    ) -> MatrixDenoiser:
         """The denoiser of all columns or all rows, for sampler.sample_matrix.
 
         With `offload` the network is on the device only while it runs.  Where the device's memory runs out, half
-        as many lines are tried, down to one, and `in_flight` says how many it became; raises ResourceError below.
+        as many lines are tried, down to one, then the halves of its guidance pair one after the other;
+        `in_flight` says how many lines it became.  Raises ResourceError where that is too much too.
         """
-        if model not in self.unets:
-            self.unets[model] = cast(VideoUNet, self._load(model, "unet", self.dtype))
-        unet = self.unets[model].to(self.device)
-        lines = Lines(precondition(self.settings, model, unet, blend), conditions, AXES[model], in_flight, guided)
-        if self.offload:
-            unet.to("cpu")
+        unet = self._unet(model)
+        offloaded = self.offloaded.get(model)
+        if offloaded:
+            offloaded.fetch(whole=True)
+        denoiser = precondition(self.settings, model, unet, blend)
+        lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves)
+        if offloaded:
+            offloaded.release()
 
         def denoise(x: Tensor, sigma: float) -> Estimate:
-            if self.offload:
-                unet.to(self.device)
+            if offloaded:
+                offloaded.fetch()
             while (estimate := self._attempt(lines, x, sigma)) is None:
-                if lines.in_flight == 1 or blend is not None:
+                if lines.in_flight > 1 and blend is None:
+                    lines.in_flight //= 2
+                elif not lines.halves and guided_from > 0:
+                    lines.halves = True
+                else:
                     hint = "try the preset low-vram, a smaller size, or another device"
                     raise ResourceError(f"out of memory with {lines.in_flight} {lines.axis} in flight; {hint}")
-                lines.in_flight //= 2
                 self.in_flight[lines.axis] = lines.in_flight
-            if self.offload:
-                unet.to("cpu")
+            if offloaded:
+                offloaded.release()
             return estimate
 
         return denoise
+
+    together = staticmethod(in_turn)  # how a step evaluates both models
+
+    def decode_rows(
+        self,
+        latents: Tensor,  # [N, F, C, h, w], as sampled
+        chunk: int,  # pictures at a time
+    ) -> Iterator[Tensor]:  # [F, 3, H, W] in 0..1
+        """The pictures of one row after the other."""
+        stage = self.first_stage("frame")
+        for row in latents:
+            yield stage.decode(row, chunk)
+
+    def _unet(self, model: Model) -> VideoUNet:
+        """Loaded once, and made ready to run as asked for."""
+        if model not in self.unets:
+            how = self.execution
+            device = torch.device("cpu") if how.offload else self.device
+            unet = cast(VideoUNet, weights.load(self.paths[model], self.specs[model], "unet", how.dtype, device))
+            for module in unet.modules():
+                if isinstance(module, FeedForward):
+                    module.chunk = how.feed_forward_chunk
+            if how.channels_last:
+                for parameter in unet.parameters():
+                    if parameter.ndim == 4:
+                        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            if how.offload:
+                self.offloaded[model] = Offload(unet, self.device)
+            if how.compile != "off":
+                unet.compile(mode="reduce-overhead" if how.compile == "graph" else "default")
+            self.unets[model] = unet
+        return self.unets[model]
 
     def _attempt(self, lines: Lines, x: Tensor, sigma: float) -> Estimate | None:
         """The estimate, or None where memory ran out; on return whatever the attempt held is free again."""
@@ -282,8 +335,8 @@ class Pair:
         stage = cast(PatchFirstStage, self._load("frame", "first_stage"))
         return stage.decoder.expand.weight.mean((2, 3)).cpu().numpy(), 1.0
 
-    def _load(self, model: Model, part: weights.Part, dtype: torch.dtype = torch.float32) -> Any:
-        return weights.load(self.paths[model], self.specs[model], part, dtype, self.device)
+    def _load(self, model: Model, part: weights.Part) -> Any:
+        return weights.load(self.paths[model], self.specs[model], part, torch.float32, self.device)
 
 
 class Stage:

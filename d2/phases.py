@@ -15,14 +15,14 @@ from torch import Tensor
 
 from d2 import cells, fileio, images, previews, snapshot
 from d2.compose import needed
-from d2.denoiser import Estimate
-from d2.errors import InputError, NumericalError, Stopped
+from d2.denoiser import Estimate, MatrixDenoiser
+from d2.errors import InputError, NumericalError, ResourceError, Stopped, WorkerError
 from d2.matrix import cell_path
 from d2.noise import cell_noise, matrix_noise, starting_point
 from d2.pair import AXES, Model, Pair, model_angles
 from d2.preprocess import on_white, to_tensor
 from d2.run import Run
-from d2.sampler import MatrixDenoiser, Plan, State, alone, anchor, blend, plan, refine, sample_matrix
+from d2.sampler import Plan, State, alone, anchor, blend, plan, refine, sample_matrix
 from d2.settings import GenerateConfig
 from d2.snapshot import Snapshot
 
@@ -92,17 +92,17 @@ class Job:
         """Decodes every row, writes cells, previews and cameras, and commits the stage."""
         c = self.settings
         self.pair.release()
-        stage = self.pair.first_stage("frame")
         thumbnails = previews.Thumbnails(c.views, c.frames)
         row: list[np.ndarray] = []
 
         anew = self.redo.mask(c.views, c.frames) if self.redo else torch.ones(c.views, c.frames, dtype=torch.bool)
+        decoded = self.pair.decode_rows(latents[anew.any(1)], c.decode_chunk)
 
         def cell(v: int, f: int) -> np.ndarray:
             if f == 0:
                 self.stop_if_asked(f"stopped before view {v} of {c.views} was drawn")
                 self.observer.phase("decode", v, c.views)
-                row[:] = _pictures(stage.decode(latents[v], c.decode_chunk)) if anew[v].any() else []
+                row[:] = _pictures(next(decoded)) if anew[v].any() else []
             if not anew[v, f]:
                 kept, _ = images.read_rgba(self.run.folder / KEPT / cell_path(v, f))
                 thumbnails.add(v, f, on_white(Image.fromarray(kept)))
@@ -134,7 +134,9 @@ class Job:
         worked_out = plan(alone(c, model), model_angles(c.views) if view else torch.zeros(1), 1 if view else c.frames)
         phase = "views" if view else "video"
         saved = self._saved(phase, self.basis)
-        line = self.pair.lines(model, self._conditions(model, [picture], phase), guided=worked_out.guided(model))
+        line = self.pair.lines(
+            model, self._conditions(model, [picture], phase), guided_from=worked_out.guided_from(model)
+        )
         models = (line, None) if view else (None, line)
         sigma = float(worked_out.sigmas[0])
 
@@ -157,9 +159,9 @@ class Job:
         lines = self.redo.along(axis) if self.redo and together is None else None
         pictures = [read_picture(path, c.size) for path in references]
         conditions = self._conditions(model, pictures, axis)
-        in_flight = c.rows_in_flight if model == "frame" else c.frames if together else c.columns_in_flight
+        in_flight = c.frames if together else (c.rows_in_flight if model == "frame" else c.columns_in_flight) or 1
         chosen = conditions if lines is None else [conditions[line] for line in lines]
-        denoise = self.pair.lines(model, chosen, in_flight, together, worked_out.guided(model))
+        denoise = self.pair.lines(model, chosen, in_flight, together, worked_out.guided_from(model))
         if self.redo is None or known is None:
             return denoise
         return cells.keeping(denoise, known, self.redo.mask(c.views, c.frames), axis, lines)
@@ -279,21 +281,22 @@ class _Loop:
         start = self.state
         self._report()
         try:
-            return sample_matrix(start, self.plan, self._watched(columns), self._watched(rows), noise, self._seen)
+            return sample_matrix(start, self.plan, columns, rows, noise, self._seen, self._together)
         except NumericalError as error:
             self._save()
             raise NumericalError(f"{error}; the state before it is saved in {self._path}") from error
+        except (ResourceError, WorkerError) as error:
+            self._save()
+            after = f"the state before it is saved, go on with: {self.job.resume_command}"
+            raise type(error)(f"{error}; {after}") from error
 
-    def _watched(self, model: MatrixDenoiser | None) -> MatrixDenoiser | None:
-        if model is None:
-            return None
-
-        def denoise(x: Tensor, sigma: float) -> Estimate:
-            estimate = model(x, sigma)
-            self.estimate = estimate.cond
-            return estimate
-
-        return denoise
+    def _together(
+        self, views: MatrixDenoiser | None, frames: MatrixDenoiser | None, x: Tensor, sigma: float
+    ) -> tuple[Estimate | None, Estimate | None]:
+        found = self.job.pair.together(views, frames, x, sigma)
+        last = found[1] or found[0]
+        self.estimate = last.cond if last else None
+        return found
 
     def _seen(self, state: State) -> None:
         self.state = state

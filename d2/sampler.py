@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2.compose import Unconditional, Weights, compose, needed, weights
 from d2.config import config, option
-from d2.denoiser import Estimate
+from d2.denoiser import Estimate, MatrixDenoiser, in_turn
 from d2.errors import InputError, NumericalError
 from d2.models.blocks import Blend
 from d2.noise import freeinit_noise, starting_point
@@ -29,7 +29,9 @@ from d2.schedule import (
 )
 
 Method = Literal["euler", "heun", "dpmpp2m"]
-MatrixDenoiser = Callable[[Tensor, float], Estimate]  # x [V, F, C, h, w] and sigma -> estimates like x
+Together = Callable[
+    [MatrixDenoiser | None, MatrixDenoiser | None, Tensor, float], tuple[Estimate | None, Estimate | None]
+]
 Noise = Callable[[int], Tensor]  # step -> [V, F, C, h, w], N(0, 1)
 
 
@@ -60,6 +62,9 @@ class SamplerConfig:
     view_guidance_max: float = option(2.5, "guidance at the view opposite", ge=0, le=100)
     frame_guidance_min: float = option(1.5, "guidance of the first frame", ge=0, le=100)
     frame_guidance_max: float = option(3.0, "guidance of the last frame", ge=0, le=100)
+    guidance_skip: float = option(
+        0.0, "guidance within this of 1 counts as 1, and the unconditional estimate is not computed", ge=0, le=100
+    )
     anchor_frame: int = option(0, "input frame that the views are sampled from; -1 is the last one")
     noise_from_mv: bool = option(False, "start around the reference views' latents instead of around 0")
     conv_blend: float | None = option(
@@ -96,10 +101,18 @@ class Plan(NamedTuple):
         c = self.config
         return warmed_up(self.frame_guidance, step, c.steps) if c.svd_cfg_warmup else self.frame_guidance
 
-    def guided(self, model: Literal["view", "frame"]) -> bool:
-        """Whether a model's unconditional estimate is used at all; at a guidance of 1 it drops out."""
-        guidance = self.view_guidance if model == "view" else self.frame_guidance
-        return self.config.uc_type != "default" or bool((guidance != 1).any())
+    def guided_from(self, model: Literal["view", "frame"]) -> float:
+        """The highest noise level at which a model's unconditional estimate is used; 0 where it never is.
+
+        At a guidance of 1 it drops out; a guidance that warms up only moves away from 1.
+        """
+        if self.config.uc_type != "default":
+            return math.inf
+        for step, sigma in enumerate(self.sigmas[:-1].tolist()):
+            guidance = self.view_guidance if model == "view" else self.frame_guidance_at(step)
+            if (guidance - 1).abs().max() > self.config.guidance_skip:
+                return sigma if step else math.inf
+        return 0.0
 
     def passes(self, step: int) -> int:
         """How often a step is taken."""
@@ -183,19 +196,23 @@ def sample_matrix(
     frames: MatrixDenoiser | None,  # every row
     noise: Noise,  # for putting noise back after a step
     callback: Callable[[State], None] = lambda state: None,
+    together: Together = in_turn,
 ) -> Tensor:  # [V, F, C, h, w]
     """Runs the loop to the end; `callback` sees every state, and may raise to stop.
 
+    `together` evaluates the models that a step needs: one after the other, or however it shares out the work.
     Raises NumericalError, naming step, model and cell, when an estimate is not finite.
     """
 
     def denoise(x: Tensor, step: int) -> Tensor:
         weights = plan.weights(step)
         use_views, use_frames = needed(weights, plan.config.uc_type)
-        sigma = float(plan.sigmas[step])
+        view, frame = together(
+            views if use_views else None, frames if use_frames else None, x, float(plan.sigmas[step])
+        )
         return compose(
-            finite(views(x, sigma), "view", step) if views and use_views else None,
-            finite(frames(x, sigma), "frame", step) if frames and use_frames else None,
+            finite(view, "view", step),
+            finite(frame, "frame", step),
             weights,
             plan.view_guidance,
             plan.frame_guidance_at(step),
@@ -230,9 +247,9 @@ def advance(
     return State(x + std * noise(step).to(x), step, state.again + 1, None)
 
 
-def finite(estimate: Estimate, model: str, step: int) -> Estimate:
+def finite(estimate: Estimate | None, model: str, step: int) -> Estimate | None:
     """The estimate as it is; raises NumericalError where it holds NaN or infinity."""
-    for part in estimate:
+    for part in estimate or ():
         if not part.isfinite().all():
             v, f = (int(i) for i in part.isfinite().flatten(2).all(2).logical_not().nonzero()[0])
             raise NumericalError(f"the {model} model's estimate of view {v}, frame {f} is not finite in step {step}")

@@ -12,7 +12,7 @@ from d2 import asset, camera
 from d2.config import config, option
 from d2.errors import InputError
 from d2.inputs import Pick, RembgModel
-from d2.pair import PairConfig
+from d2.pair import Compile, PairConfig
 from d2.sampler import SamplerConfig
 
 TRAINED = {"views": 21, "frames": 25}  # what the official weights were trained at
@@ -50,13 +50,20 @@ class GenerateConfig(SamplerConfig, PairConfig):
     cond_aug_frame: float = option(0.02, "noise on the frame model's picture, standard deviation", ge=0, le=10)
     cond_aug_view: float = option(1e-5, "noise on the view model's picture, standard deviation", ge=0, le=10)
 
-    columns_in_flight: int = option(1, "columns that one evaluation takes", ge=1, le=1000)
-    rows_in_flight: int = option(1, "rows that one evaluation takes", ge=1, le=1000)
+    columns_in_flight: int | None = option(
+        None, "columns that one evaluation takes; default what a GPU's free memory holds, on a CPU 1", ge=1, le=1000
+    )
+    rows_in_flight: int | None = option(None, "rows that one evaluation takes; default likewise", ge=1, le=1000)
     decode_chunk: int = option(10, "frames that the decoder takes at a time; seams lie between", ge=1, le=1000)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "precision of the networks that denoise; auto is bfloat16 on a GPU, float32 elsewhere"
     )
     offload: bool = option(False, "keep a network on the GPU only while it runs")
+    guidance_halves: bool = option(False, "evaluate the two halves of a guidance pair one after the other")
+    feed_forward_chunk: int = option(0, "pixels that a feed-forward layer takes at a time; 0 is all", ge=0)
+    channels_last: bool = option(False, "weights of convolutions in the order that some GPUs prefer")
+    compile: Compile = option("off", "compile the networks, on a GPU only: fused kernels, or a CUDA graph of them")
+    rank_timeout: float = option(60.0, "seconds without a sign of life after which a rank is lost", ge=1, le=86400)
 
     save_every: int = option(5, "steps between two saved states", ge=1, le=1000)
     preview_every: int = option(5, "steps between two previews of the matrix", ge=1, le=1000)

@@ -12,6 +12,7 @@ from d2 import images
 from d2.asset import Asset
 from d2.errors import InputError
 from d2.generation import Generation, generate
+from d2.launch import helps
 from d2.previews import VIDEO_CELL, tiled
 from d2.run import Run
 
@@ -34,6 +35,8 @@ def sweep(source: str | Path | Asset, out: str | Path, seeds: tuple[int, ...], *
         generate(source, out / f"seed-{seed}", sets=(*sets, f"seed={seed}"), keep_finished=keep, **options)
         for seed in seeds
     ]
+    if helps():
+        return made
     images.write_png(out / "seeds.png", tiled(np.stack([_line(result) for result in made])))
     return made
 

@@ -272,7 +272,7 @@ class Judge:
                 vector = pair.frame_vector(c.fps_id, c.motion, c.cond_aug_frame, c.frames)
             none = torch.zeros(3, c.size, c.size)
             conditions = pair.conditions(model, pictures, lambda line, none=none: none, vector, 0.0)
-            self.lines[model] = pair.lines(model, conditions, len(conditions), guided=False)
+            self.lines[model] = pair.lines(model, conditions, len(conditions), guided_from=0.0)
 
     def __call__(
         self,

@@ -25,9 +25,9 @@ LAYERS = [
     ["run", "compose", "pair"],
     ["sampler"],
     ["toybox"],
-    ["cells", "settings", "snapshot"],
-    ["phases", "sequences"],
-    ["publish"],
+    ["cells", "settings", "snapshot", "ranks"],
+    ["phases", "sequences", "launch"],
+    ["publish", "budget"],
     ["generation", "train"],
     ["sweep"],
 ]

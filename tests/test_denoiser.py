@@ -179,7 +179,7 @@ def test_without_guidance_the_unconditional_half_is_left_out_and_nothing_else_ch
     x, conditions = torch.randn(2, 3, 4, 4, 4), [condition(3, seed=s) for s in range(2)]
     pairs = Lines(UNetDenoiser(unet), conditions, "rows", in_flight=1)(x, 2.0)
     spy = Spy()
-    alone = Lines(UNetDenoiser(unet), conditions, "rows", in_flight=1, guided=False)(x, 2.0)
+    alone = Lines(UNetDenoiser(unet), conditions, "rows", in_flight=1, guided_from=0.0)(x, 2.0)
     torch.testing.assert_close(alone.guided(torch.tensor(1.0)), pairs.guided(torch.tensor(1.0)))
-    Lines(spy, conditions, "rows", in_flight=2, guided=False)(x, 2.0)
+    Lines(spy, conditions, "rows", in_flight=2, guided_from=0.0)(x, 2.0)
     assert spy.calls[0][0].shape[0] == 2

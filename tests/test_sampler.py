@@ -383,4 +383,4 @@ def test_a_larger_configuration_may_hold_the_samplers():
 ])  # fmt: skip
 def test_a_model_is_guided_unless_its_unconditional_estimate_drops_out(sets, view, frame):
     worked_out = plan(SamplerConfig(**sets), torch.linspace(0, 6, 4), 3)
-    assert (worked_out.guided("view"), worked_out.guided("frame")) == (view, frame)
+    assert (worked_out.guided_from("view") > 0, worked_out.guided_from("frame") > 0) == (view, frame)

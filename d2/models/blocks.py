@@ -159,6 +159,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GEGLU (with the exact GELU), Linear, four times as wide inside."""
 
+    chunk = 0  # rows of x that are taken at a time, 0 all: what is wide inside is the largest tensor of a network
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
@@ -167,7 +169,13 @@ class FeedForward(nn.Module):
         self,
         x: Tensor,  # [..., dim]
     ) -> Tensor:  # like x
-        return self.net(x)
+        rows = x.flatten(0, -2)
+        if not 0 < self.chunk < len(rows):
+            return self.net(x)
+        out = torch.empty_like(rows)
+        for part, target in zip(rows.split(self.chunk), out.split(self.chunk), strict=True):
+            target.copy_(self.net(part))
+        return out.view(x.shape)
 
 
 class GEGLU(nn.Module):
@@ -189,14 +197,15 @@ class GEGLU(nn.Module):
 class Blend:
     """Smooths keys and values of spatial self-attention over neighbouring frames (columns of the matrix).
 
-    The batch is `sets` independent stacks of columns (two with classifier-free guidance).  `reference`
-    pads with zeros, so that the end frames lose (1-weight)/2 of their size; `replicate` repeats them.
+    The batch is independent stacks of columns (two with classifier-free guidance): as many as `sets` says, or
+    as there are of `columns`.  `reference` pads with zeros, so that the end frames lose (1-weight)/2 of their
+    size; `replicate` repeats them.
     """
 
     weight: float = 0.6  # of the frame itself; each neighbour has (1-weight)/2
     sets: int = 2
     padding: Literal["replicate", "reference"] = "replicate"
-    columns: int | None = None  # in each set, where another number would be a mistake
+    columns: int | None = None  # in each set
 
     def __call__(
         self,
@@ -204,7 +213,7 @@ class Blend:
         T: int,
     ) -> Tensor:  # like x
         columns = self.columns or len(x) // (self.sets * T)
-        x = rearrange(x, "(u b t) ... -> u b t ...", u=self.sets, b=columns, t=T)
+        x = rearrange(x, "(u b t) ... -> u b t ...", b=columns, t=T)
         first, last = x[:, :1], x[:, -1:]
         if self.padding == "reference":
             first, last = torch.zeros_like(first), torch.zeros_like(last)

@@ -160,7 +160,7 @@ def test_blending_some_of_the_columns_only_is_refused():
     blend = Blend(0.6, columns=4)
     blend(torch.randn(2 * 4 * 3, 5), T=3)
     with pytest.raises(EinopsError):
-        blend(torch.randn(2 * 2 * 3, 5), T=3)
+        blend(torch.randn(2 * 3 * 3, 5), T=3)
 
 
 def test_reference_padding_of_blend_darkens_the_end_columns_by_a_fifth():
