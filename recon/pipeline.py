@@ -32,6 +32,7 @@ FIRST_USE = {
     "gsplat": "its kernels build on first use, one or two minutes",
 }
 MODEL = "gaussians.safetensors"
+PICTURES = ("generate", "import")  # stages of a run that leave pictures with cameras
 # What a matrix that a model made, and that disagrees with itself, wants: no needles, and nothing faint that only one
 # cell asked for (held out on three runs of the embedded pair: 0.4 to 1 dB).
 GENERATED = {"min_scale": 0.5, "opacity_weight": 0.05}
@@ -213,12 +214,13 @@ def _require_finished_input(path: Path) -> None:
     if not is_run(path):
         return
     source = Run.open(path)
-    if source.stage("generate") is None:
+    stage = next((name for name in PICTURES if source.stage(name) is not None), None)
+    if stage is None:
         raise ConflictError(
             f"{fileio.quoted(path)} holds no finished matrix; run d2 generate --resume first, or name the folder of"
             " the images"
         )
-    source.require_intact("generate")
+    source.require_intact(stage)
 
 
 def _settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
