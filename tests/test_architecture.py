@@ -25,7 +25,7 @@ LAYERS = [
     ["run", "compose", "pair"],
     ["sampler"],
     ["toybox"],
-    ["cells", "settings", "snapshot"],
+    ["cells", "settings", "snapshot", "adapters"],
     ["phases", "sequences"],
     ["publish"],
     ["generation", "train"],

@@ -200,11 +200,13 @@ def _pose(entry: dict[str, Any], meta: dict[str, Any], where: str) -> np.ndarray
         return _orbit([azimuth], elevation, radius, False)[0]
     try:
         matrix = np.array(entry["transform_matrix"], float)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: transform_matrix is not a matrix of numbers") from error
     if matrix.shape == (3, 4):
         matrix = np.vstack([matrix, [0, 0, 0, 1]])
-    if matrix.shape != (4, 4) or np.abs(matrix[:3, :3].T @ matrix[:3, :3] - np.eye(3)).max() > 1e-3:
+    R = matrix[:3, :3]
+    rigid = matrix.shape == (4, 4) and np.abs(R.T @ R - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
+    if not rigid:
         raise InputError(f"{where}: transform_matrix must be rigid, 4×4 or 3×4")
     return matrix
 
