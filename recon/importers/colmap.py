@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ PLACES = ("sparse/0", "sparse", "colmap/sparse/0", ".")  # of the model in a pro
 PINHOLES = {"SIMPLE_PINHOLE": 3, "PINHOLE": 4}  # -> parameters
 MODEL_NUMBERS = {0: "SIMPLE_PINHOLE", 1: "PINHOLE"}  # in binary files
 MAX_NAME = 4096  # bytes
+MAX_LENGTH = 1e9  # of a position or a focal length
 
 
 class Pose(NamedTuple):
@@ -144,17 +144,16 @@ def _intrinsics(path: Path, model: str, width: int, height: int, values: list[fl
     if len(values) != PINHOLES[model] or not 0 < width < 1 << 20 or not 0 < height < 1 << 20:
         raise ValueError(f"a {model} camera of {width}×{height} with {len(values)} parameters")
     fx, fy, cx, cy = values if len(values) == 4 else (values[0], *values)
-    if not all(math.isfinite(v) for v in values) or min(fx, fy) <= 0:
+    if not all(abs(v) <= MAX_LENGTH for v in values) or min(fx, fy) <= 0:
         raise ValueError(f"the parameters {values} of a camera")
     return Intrinsics(width, height, camera.intrinsics(fx, fy, cx, cy))
 
 
 def _pose(path: Path, values: list[float], number: int, name: str) -> Pose:
     quat, position = np.array(values[:4]), np.array(values[4:7])
-    length = np.linalg.norm(quat)
-    if len(position) != 3 or not np.isfinite(values).all() or length < 1e-6:
+    if len(position) != 3 or not (np.abs(values) <= MAX_LENGTH).all() or np.linalg.norm(quat) < 1e-6:
         raise ValueError(f"the pose of {name!r} in {path.name}")
-    w, x, y, z = quat / length
+    w, x, y, z = quat / np.linalg.norm(quat)
     w2c = np.eye(4)
     w2c[:3, :3] = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
