@@ -1,9 +1,9 @@
 # make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
-# All make .venv first.
+# make test-ray: d2 batch on a local Ray cluster.  All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser lint clean
+.PHONY: venv demo test test-browser test-ray lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ test-browser: venv
 	D2_AXE="$$(ls $(CURDIR)/build/node/node_modules/axe-core/axe.min.js 2>/dev/null)" \
 	D2_TSC="$$(ls $(CURDIR)/build/node/node_modules/.bin/tsc 2>/dev/null)" \
 	$(BIN)/python -m pytest tests/viewer -m 'browser or not browser'
+
+test-ray: venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/test_batch.py -m ray
 
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv

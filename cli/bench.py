@@ -85,6 +85,30 @@ def evaluate(
 
 
 @app.command()
+def dnerf(
+    folder: Path = typer.Argument(help="One D-NeRF scene, or the folder of several: transforms_{train,val,test}.json."),
+    seconds: float = typer.Option(120.0, min=0.1, help="Training time of each scene."),
+    preset: str = typer.Option("quality", help="quality, fast, or a YAML file of fields."),
+    set: list[str] = typer.Option([], "--set", help="field=value; repeatable."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
+    quiet: bool = typer.Option(False, help="No progress."),
+    json: bool = typer.Option(False, help="One JSON object on stdout."),
+) -> None:
+    """Measure by D-NeRF's protocol: its 800² pictures at 400² on white, fitted to train, tested on test."""
+    from d2.cli import report
+    from d2.recon import dnerf as protocol
+
+    with report.observer(quiet) as observer:
+        result = protocol.measure(folder, seconds, preset, tuple(set), device, observer)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(result))
+        return
+    typer.echo(protocol.as_text(result))
+
+
+@app.command()
 def composition(
     toys: int = typer.Option(32, min=1, max=100_000, help="Toys of the test split."),
     few: int = typer.Option(8, min=1, help="How many of them go through every mode, schedule and control."),

@@ -97,6 +97,48 @@ def viewmats(c2w: np.ndarray) -> np.ndarray:
     return OPENGL_TO_OPENCV @ w2c
 
 
+def from_viewmats(w2c: np.ndarray) -> np.ndarray:
+    """The inverse of `viewmats`: OpenGL camera to world from OpenCV world to camera, [..., 4, 4] both."""
+    R, t = w2c[..., :3, :3], w2c[..., :3, 3]
+    c2w = np.zeros_like(w2c, dtype=float)
+    c2w[..., :3, :3] = np.swapaxes(R, -1, -2)
+    c2w[..., :3, 3] = -np.einsum("...ji,...j->...i", R, t)
+    c2w[..., 3, 3] = 1
+    return c2w @ OPENGL_TO_OPENCV
+
+
+def upright(
+    c2w: np.ndarray,  # [n, 4, 4] OpenGL
+    radius: float = DEFAULT_RADIUS,  # world, median distance of the cameras that comes out
+) -> tuple[np.ndarray, np.ndarray]:  # [n, 4, 4], and [4, 4]: p' = S p with S = scale [R | t]
+    """The cameras of a scene in any axes, turned, moved and scaled into our world.
+
+    The origin becomes the point nearest to all optical axes, +z the mean of the cameras' up, and the first camera
+    stands over -y.  Cameras that look the same way share no such point: then it lies in front of their mean.
+    """
+    centres, axes, ups = c2w[:, :3, 3], -c2w[:, :3, 2], c2w[:, :3, 1]
+    across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
+    ridge = 1e-3 * len(c2w)
+    spread = max(float(np.linalg.norm(centres - centres.mean(0), axis=1).mean()), 1e-9)
+    usual = centres.mean(0) + spread * axes.mean(0)
+    total = (across @ centres[:, :, None]).sum(0)[:, 0]
+    centre = np.linalg.solve(across.sum(0) + ridge * np.eye(3), total + ridge * usual)
+    z = ups.mean(0) / max(float(np.linalg.norm(ups.mean(0))), 1e-9)
+    front = centres[0] - centre
+    y = -(front - front @ z * z)
+    if np.linalg.norm(y) < 1e-6 * np.linalg.norm(front) or np.linalg.norm(z) < 0.5:  # seen from straight above
+        z, y = ups[0], axes[0] - axes[0] @ ups[0] * ups[0]
+    y = y / np.linalg.norm(y)
+    R = np.stack([np.cross(y, z), y, z])
+    scale = radius / max(float(np.median(np.linalg.norm(centres - centre, axis=1))), 1e-9)
+    S = np.eye(4)
+    S[:3, :3], S[:3, 3] = scale * R, -scale * R @ centre
+    moved = c2w.copy()
+    moved[:, :3, :3] = R @ c2w[:, :3, :3]
+    moved[:, :3, 3] = centres @ S[:3, :3].T + S[:3, 3]
+    return moved, S
+
+
 def intrinsics(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
     """K [3, 3] in pixels."""
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], float)

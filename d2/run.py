@@ -117,6 +117,26 @@ class Run:
         fileio.write_json(self.folder / TRANSFORMS, transforms(rig, frames))
         self.commit_stage("generate", record | {"views": views, "frames": frames, "files": digests})
 
+    def write_pictures(
+        self,
+        stage: str,
+        splits: dict[str, list[dict[str, Any]]],  # transforms file -> its frames, each with a file_path ending in .png
+        picture: Callable[[str, int], np.ndarray],  # transforms file, frame -> uint8 [H, W, 3 or 4]
+        record: dict[str, Any],
+    ) -> None:
+        """Commits pictures with cameras of any kind: images, then the transforms files, then done."""
+        self.drop_stage(stage)
+        digests = {}
+        for name, frames in splits.items():
+            for k, entry in enumerate(frames):
+                path = fileio.inside(self.folder, entry["file_path"])
+                images.write_png(path, picture(name, k))
+                digests[entry["file_path"]] = fileio.sha256(path)
+        for name, frames in splits.items():
+            layout = {"camera_model": "OPENCV", "orientation_override": "none", "frames": frames}
+            fileio.write_json(self.folder / name, layout)
+        self.commit_stage(stage, record | {"files": digests})
+
     def matrix(self) -> ImageMatrix:
         """The images of a finished generate stage. Raises ConflictError when there is none."""
         stage = self.stage("generate")

@@ -119,12 +119,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     `time` anywhere means a static scene.  Raises InputError that names the frame and what is wrong with it.
     """
     file = find_transforms(path, split)
-    meta = fileio.read_json(file, fileio.TRANSFORMS_CAP)
-    entries = meta.get("frames") if isinstance(meta, dict) else None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
-    for part in (meta, *entries):
-        _refuse_distortion(part, file)
+    meta, entries = _read(file)
     poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
     times = _times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -150,6 +145,48 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         plain_background=is_plain,
         names=tuple(str(entry["file_path"]) for entry in entries),
     )
+
+
+@dataclass(frozen=True)
+class Posed:
+    """One frame of a transforms file, its image not yet read."""
+
+    image: Path
+    mask: Path | None
+    c2w: np.ndarray  # [4, 4] OpenGL
+    K: np.ndarray  # [3, 3] for the image as stored
+    time: float | None  # 0..1
+
+
+def posed(path: str | Path, split: str = "train") -> list[Posed]:
+    """The frames of a dataset, checked as `load` checks them, without their pixels."""
+    file = find_transforms(path, split)
+    meta, entries = _read(file)
+    times = _times(entries, file) if any("time" in entry for entry in entries) else [None] * len(entries)
+    found = []
+    for k, (entry, time) in enumerate(zip(entries, times, strict=True)):
+        image = _image_path(file, k, entry)
+        K = _intrinsics(entry, meta, *images.read_size(image), f"{fileio.quoted(file)}: frame {k}")
+        mask = _resolve(file, k, entry, "mask_path") if "mask_path" in entry else None
+        found.append(Posed(image, mask, _pose(entry, k, file), K, time))
+    return found
+
+
+def read_posed(frame: Posed) -> np.ndarray:  # [H, W, 4] uint8, straight alpha
+    """The picture of a frame, its mask applied."""
+    rgba, _ = images.read_rgba(frame.image)
+    return rgba if frame.mask is None else _with_mask(rgba, frame.mask)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The content of a transforms file and its frames."""
+    meta = fileio.read_json(file, fileio.TRANSFORMS_CAP)
+    entries = meta.get("frames") if isinstance(meta, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
+    for part in (meta, *entries):
+        _refuse_distortion(part, file)
+    return meta, entries
 
 
 @dataclass(frozen=True)

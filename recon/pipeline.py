@@ -33,6 +33,7 @@ FIRST_USE = {
 }
 MODEL = "gaussians.safetensors"
 RIG = "rig.safetensors"  # the cameras that were found
+PICTURES = ("generate", "import")  # stages of a run that leave pictures with cameras
 # What pictures want that a model made, and that contradict each other: no needles, nothing faint that only one picture
 # asked for, and soft pictures told from sharp ones.  The other corrections and the rig are on request.
 DISAGREEING = {
@@ -234,12 +235,13 @@ def _require_finished_input(path: Path) -> None:
     if not is_run(path):
         return
     source = Run.open(path)
-    if source.stage("generate") is None:
+    stage = next((name for name in PICTURES if source.stage(name) is not None), None)
+    if stage is None:
         raise ConflictError(
             f"{fileio.quoted(path)} holds no finished matrix; run d2 generate --resume first, or name the folder of"
             " the images"
         )
-    source.require_intact("generate")
+    source.require_intact(stage)
 
 
 def settled(settings: ReconstructConfig, generated: bool) -> ReconstructConfig:

@@ -90,11 +90,12 @@ def draw_balls(viewmat: np.ndarray, rig: camera.Rig, time: float) -> np.ndarray:
 def run_cli(tmp_path: Path) -> Callable[..., Outcome]:
     """`run_cli("info", path, env={...}, cwd=...)`: the d2 command in a process of its own, in an empty folder."""
 
-    def run(*words: str | Path, env: dict[str, str] | None = None, cwd: Path = tmp_path) -> Outcome:
+    def run(
+        *words: str | Path, env: dict[str, str] | None = None, cwd: Path = tmp_path, timeout: float = 120
+    ) -> Outcome:
         command = [sys.executable, "-m", "d2.cli.app", *map(str, words)]
-        done = subprocess.run(
-            command, cwd=cwd, env=cli_environment() | (env or {}), capture_output=True, encoding="utf-8", timeout=120
-        )
+        env = cli_environment() | (env or {})
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=timeout)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run

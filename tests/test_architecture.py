@@ -25,7 +25,7 @@ LAYERS = [
     ["run", "compose", "pair"],
     ["sampler"],
     ["toybox"],
-    ["cells", "settings", "snapshot", "ranks"],
+    ["cells", "settings", "snapshot", "ranks", "adapters"],
     ["phases", "sequences", "launch"],
     ["publish", "budget"],
     ["generation", "train"],
