@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,13 +111,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     RGBA images, RGB with `mask_path`, or plain RGB before a background that is estimated from the borders.  No
     `time` anywhere means a static scene.  Raises InputError that names the frame and what is wrong with it.
     """
-    file = find_transforms(path, split)
-    meta = fileio.read_json(file, fileio.TRANSFORMS_CAP)
-    entries = meta.get("frames") if isinstance(meta, dict) else None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
-        raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
-    for part in (meta, *entries):
-        _refuse_distortion(part, file)
+    file, meta, entries = _entries(path, split)
     poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
     times = _times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -143,6 +137,43 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         plain_background=is_plain,
         names=tuple(str(entry["file_path"]) for entry in entries),
     )
+
+
+class Shot(NamedTuple):
+    """One entry of a transforms file, checked, its pixels not read."""
+
+    image: Path
+    mask: Path | None
+    c2w: np.ndarray  # [4, 4] camera to world, OpenGL
+    K: np.ndarray  # [3, 3] pixels of the image as stored
+    width: int
+    height: int
+    time: float  # 0..1
+
+
+def shots(path: str | Path, split: str = "train") -> list[Shot]:
+    """Every image of a dataset with its camera and moment, as `load` reads them. Raises InputError as it does."""
+    file, meta, entries = _entries(path, split)
+    found = []
+    for k, (entry, time) in enumerate(zip(entries, _times(entries, file), strict=True)):
+        image = _image_path(file, k, entry)
+        width, height = images.read_size(image)
+        K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
+        mask = _resolve(file, k, entry, "mask_path") if "mask_path" in entry else None
+        found.append(Shot(image, mask, _pose(entry, k, file), K, width, height, time))
+    return found
+
+
+def _entries(path: str | Path, split: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The transforms file of a split, its content and its frames; distorted cameras are refused."""
+    file = find_transforms(path, split)
+    meta = fileio.read_json(file, fileio.TRANSFORMS_CAP)
+    entries = meta.get("frames") if isinstance(meta, dict) else None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
+    for part in (meta, *entries):
+        _refuse_distortion(part, file)
+    return file, meta, entries
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def reconstruct(
     """
     observer = observer or Observer()
     path = Path(path)
-    settings = _settled(configuration.load(ReconstructConfig, preset, sets=sets), path)
+    settings = settled(configuration.load(ReconstructConfig, preset, sets=sets), path)
     place = machine.choose_device(device)
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
@@ -221,7 +221,7 @@ def _require_finished_input(path: Path) -> None:
     source.require_intact("generate")
 
 
-def _settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
+def settled(settings: ReconstructConfig, path: Path) -> ReconstructConfig:
     """With the defaults that depend on where the pictures come from."""
     stage = Run.open(path).stage("generate") if is_run(path) else None
     generated = stage is not None and "models" in stage

@@ -271,11 +271,11 @@ def test_no_needle_is_thinner_than_the_floor(run_folder):
 
 def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
     names = sorted(pipeline.GENERATED)
-    made, true = (pipeline._settled(ReconstructConfig(), folder) for folder in (finished, run_folder))
+    made, true = (pipeline.settled(ReconstructConfig(), folder) for folder in (finished, run_folder))
     assert names == ["min_scale", "opacity_weight"]
     assert [getattr(made, name) for name in names] == [pipeline.GENERATED[name] for name in names]
     assert [getattr(true, name) for name in names] == [0, 0]
-    assert pipeline._settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
+    assert pipeline.settled(load(ReconstructConfig, {"min_scale": 0.1}), finished).min_scale == 0.1
 
 
 def test_the_average_looks_back_over_the_last_steps_and_is_what_is_kept(run_folder):
