@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import bench, convert, doctor, export, generate, info, reconstruct, run, train, view
+from d2.cli import bench, convert, doctor, export, generate, import_, info, reconstruct, run, train, view
 from d2.errors import D2Error
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(export.export)
 app.command()(view.view)
 app.command()(convert.convert)
 app.command()(info.info)
+app.command("import")(import_.import_)
 app.add_typer(bench.app, name="bench")
 app.command()(train.train)
 app.command()(doctor.doctor)

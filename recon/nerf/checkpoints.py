@@ -44,10 +44,17 @@ def import_checkpoint(path: str | Path, out: str | Path, name: str = "main") -> 
     run = Run.open(out) if is_run(out) else Run.create(out, float(metadata.get("fps", DEFAULT_FPS)))
     with run.lock():
         gaussians.save(folder / GAUSSIANS, metadata)
-        record = {"gaussians": len(gaussians), "imported": METHOD, "files": {}}
-        record["files"] = {GAUSSIANS: fileio.sha256(folder / GAUSSIANS)}
-        run.commit_stage(stage, record)
+        record = {"psnr": None, "iterations": 0, "gaussians": len(gaussians), "imported": {"kind": METHOD}}
+        run.commit_stage(stage, record | {"files": {GAUSSIANS: fileio.sha256(folder / GAUSSIANS)}})
     return folder
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `import_checkpoint` finds a model there."""
+    try:
+        return _newest(Path(path)).is_file()
+    except InputError:
+        return False
 
 
 def _newest(path: Path) -> Path:
@@ -56,7 +63,8 @@ def _newest(path: Path) -> Path:
         if not _STEP.fullmatch(path.name):
             raise InputError(f"{fileio.quoted(path)} is no step-*.safetensors that {METHOD} wrote beside its .ckpt")
         return path
-    found = [file for folder in (path, path / CHECKPOINTS) for file in folder.glob("step-*") if _STEP.fullmatch(file.name)]
+    places = (path, path / CHECKPOINTS)
+    found = [file for place in places for file in place.glob("step-*") if _STEP.fullmatch(file.name)]
     if not found:
         raise InputError(
             f"{fileio.quoted(path)} holds no step-*.safetensors, which ns-train {METHOD} writes beside its checkpoints;"
