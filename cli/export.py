@@ -35,7 +35,8 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What PLY files begin with; default: the run's name.")] = None,
     frame: Annotated[
-        str, typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up); or one frame's number.")
+        str,
+        typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up); or one frame's number."),
     ] = "rdf",
     up: Annotated[str | None, typer.Option(help="y or z, in all files; default: each format's custom.")] = None,
     height: Annotated[float | None, typer.Option(help="Metres: scales the asset to that height.")] = None,

@@ -233,7 +233,11 @@ def test_search_for_writers_finds(line):
 @pytest.mark.parametrize(
     "line",
     [
-        "open(path)", "open(path, 'rb')", "text.replace('a', 'w')", "image.save(buffer, 'PNG')", "fileio.remove(p)",
+        "open(path)",
+        "open(path, 'rb')",
+        "text.replace('a', 'w')",
+        "image.save(buffer, 'PNG')",
+        "fileio.remove(p)",
         "torch.save(x, buffer)",
     ],
 )

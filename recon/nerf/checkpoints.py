@@ -1,4 +1,4 @@
-"""Between reconstructions of d2 and checkpoint folders of nerfstudio's method `d2-4dgs`, both ways, without nerfstudio."""
+"""Reconstructions of d2 to and from checkpoint folders of nerfstudio's method d2-4dgs, without nerfstudio."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def configuration() -> TrainerConfig:
 
 
 def of_export(folder: str, data: str) -> TrainerConfig:
-    """The configuration of a model that `d2 export --format nerfstudio` wrote into `folder`; its config.yml calls this."""
+    """The configuration of a model that `d2 export --format nerfstudio` wrote into `folder`: its config.yml."""
     config, place = configuration(), Path(folder)
     config.output_dir, config.experiment_name, config.timestamp = place.parent, place.name, TIMESTAMP
     config.data = config.pipeline.datamanager.data = Path(data)

@@ -61,7 +61,8 @@ class D2Model(Model):
         """Carves the visual hull of the training images, which lie at `path`, and gets ready for `fit_step`."""
         self.settings = replace(settled(self.settings, path), holdout=0)  # the dataparser holds out
         self.metadata = metadata
-        self.state = train.start(cells, self.settings, self.device)
+        with kernel_threads():
+            self.state = train.start(cells, self.settings, self.device)
         self.cells = cells.to(self.device)
         self.coarse = train.coarse_cells(self.cells, self.settings)
         self.background = self.cells.background

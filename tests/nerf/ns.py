@@ -14,5 +14,7 @@ if __name__ == "__main__":
     import importlib
 
     name = sys.argv.pop(1)
-    module = importlib.import_module({"viewer": "nerfstudio.scripts.viewer.run_viewer"}.get(name, f"nerfstudio.scripts.{name}"))
+    module = importlib.import_module(
+        {"viewer": "nerfstudio.scripts.viewer.run_viewer"}.get(name, f"nerfstudio.scripts.{name}")
+    )
     module.entrypoint()
