@@ -2,7 +2,8 @@
 
     .venv-nerfstudio/bin/python benchmarks/nerf.py [--steps 2000] [--work DIR]
 
-`make test-nerfstudio` makes that environment.  Trains on the panda of tests/data on the CPU, which takes minutes.  Writes benchmarks/results/nerfstudio.json.
+`make test-nerfstudio` makes that environment.  Trains on the panda of tests/data on the CPU, which takes minutes.
+Writes benchmarks/results/nerfstudio.json.
 """
 
 from __future__ import annotations
