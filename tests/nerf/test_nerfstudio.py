@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -44,9 +45,14 @@ PORT = 7351
 
 
 def nerfstudio(command: str, *words: object, cwd: Path) -> str:
-    """Runs ns-<command>; fails with what it printed."""
+    """Runs ns-<command>, with an ffmpeg to be found (ns-render insists); fails with what it printed."""
+    tools = cwd / "tools"
+    tools.mkdir(exist_ok=True)
+    if not (tools / "ffmpeg").exists():
+        (tools / "ffmpeg").symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    env = os.environ | {"COLUMNS": "200", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, ns.__file__, command, *map(str, words)], cwd=cwd, env=os.environ | {"COLUMNS": "200"},
+        [sys.executable, ns.__file__, command, *map(str, words)], cwd=cwd, env=env,
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
