@@ -1,9 +1,10 @@
 # make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
-# make test-ray: d2 batch on a local Ray cluster.  All make .venv first.
+# make test-ray: d2 batch on a local Ray cluster.  make test-nerfstudio: the method d2-4dgs in nerfstudio.  All make
+# .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser test-ray lint clean
+.PHONY: venv demo test test-browser test-ray test-nerfstudio lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -30,6 +31,17 @@ test-ray: venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_batch.py -m ray
 
+# Lays nerfstudio over what .venv holds, and trains, evaluates and renders in it: minutes.
+test-nerfstudio: .venv-nerfstudio/done
+	.venv-nerfstudio/bin/python -m pytest tests/nerf -o filterwarnings=
+
+.venv-nerfstudio/done: .venv/done tests/nerf/requirements.txt
+	test -x .venv-nerfstudio/bin/python || $(PYTHON) -m venv .venv-nerfstudio
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$(.venv-nerfstudio/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/d2_packages.pth"
+	.venv-nerfstudio/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/nerf/requirements.txt
+	touch .venv-nerfstudio/done
+
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv
 	$(BIN)/ruff format --check .
@@ -40,4 +52,4 @@ lint: venv
 	$(BIN)/pyright --project pyproject.toml
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-nerfstudio runs build dist *.egg-info

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 def bring(
     path: Path = typer.Argument(
         help="Folder of SV4D or SV4D 2.0 videos (or one of them), of Consistent4D, of D-NeRF, Blender or nerfstudio, a"
-        " COLMAP project (pinhole), videos with cameras.json, or numbered 3DGS PLY files."
+        " COLMAP project (pinhole), videos with cameras.json, numbered 3DGS PLY files, or what ns-train d2-4dgs wrote."
     ),
     out: Path | None = typer.Option(None, help="Run folder to write; default: runs/<name>."),
     kind: str | None = typer.Option(
-        None, "--from", help="sv4d, consistent4d, transforms, colmap, videos or ply; default: told by the files."
+        None,
+        "--from",
+        help="sv4d, consistent4d, transforms, colmap, videos, ply or d2-4dgs; default: told by the files.",
     ),
     fps: float | None = typer.Option(None, help="Frames a second; default: the data's own, or 24."),
     elevation_deg: float | None = typer.Option(

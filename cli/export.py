@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from d2.recon.formats.frames import Frame
 
 
-_FORMATS = "ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, mp4, contact, html, web"
+_FORMATS = "ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, nerfstudio, mp4, contact, html, web"
 
 
 def export(
@@ -35,7 +35,8 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What PLY files begin with; default: the run's name.")] = None,
     frame: Annotated[
-        str, typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up).")
+        str,
+        typer.Option(help="Axes of PLY files: rdf (the custom), rub (y up) or world (z up); or one frame's number."),
     ] = "rdf",
     up: Annotated[str | None, typer.Option(help="y or z, in all files; default: each format's custom.")] = None,
     height: Annotated[float | None, typer.Option(help="Metres: scales the asset to that height.")] = None,
@@ -53,6 +54,10 @@ def export(
     from d2.recon.placement import Placement
 
     count, span = _frames(frames)
+    if frame.isdecimal():
+        if time is not None or span is not None:
+            raise InputError(f"--frame {frame} is one moment; leave --time and --frames out")
+        span, frame = (int(frame), int(frame) + 1), "rdf"
 
     with _progress(sys.stderr.isatty() and not quiet and not as_json) as progress:
         written = export_asset(

@@ -23,6 +23,18 @@ _NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
     """Writes step_<iteration>.safetensors, then removes all but the newest KEEP. `extra` comes back from load."""
+    tensors, text = packed(state, extra)
+    path = folder / f"step_{state.iteration:08d}.safetensors"
+    fileio.write_tensors(path, tensors, {"format": FORMAT, "state": text, "sha256": _digest(tensors, text)})
+    every = checkpoints(folder)
+    up_to_here = [p for p in every if p.name <= path.name]  # later ones are what a damaged file left behind
+    for old in set(every) - set(up_to_here[-KEEP:]):
+        fileio.remove(old)
+    return path
+
+
+def packed(state: State, extra: dict[str, int | str]) -> tuple[dict[str, torch.Tensor], str]:
+    """The state as named tensors, and everything else in it as JSON."""
     tensors = {f"gaussians.{name}": tensor for name, tensor in state.gaussians.tensors().items()}
     steps = _take_moments(state.adam, tensors)
     tensors |= {"stats.total": state.stats.total, "stats.seen": state.stats.seen}
@@ -39,14 +51,7 @@ def save(folder: Path, state: State, extra: dict[str, int | str]) -> Path:
         "adam_steps": steps,
         "extra": extra,
     }
-    path = folder / f"step_{state.iteration:08d}.safetensors"
-    text = json.dumps(scalars)
-    fileio.write_tensors(path, tensors, {"format": FORMAT, "state": text, "sha256": _digest(tensors, text)})
-    every = checkpoints(folder)
-    up_to_here = [p for p in every if p.name <= path.name]  # later ones are what a damaged file left behind
-    for old in set(every) - set(up_to_here[-KEEP:]):
-        fileio.remove(old)
-    return path
+    return tensors, json.dumps(scalars)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -62,27 +67,34 @@ def load(path: Path, device: torch.device | str) -> tuple[State, dict[str, int |
             raise InputError(f"{fileio.quoted(path)} is not a checkpoint of this d2")
         if metadata["sha256"] != _digest(tensors, metadata["state"]):
             raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: its sha256 differs")
-        scalars = json.loads(metadata["state"])
-        gaussians = Gaussians4D.checked(_under(tensors, "gaussians."), str(path)).map(lambda x: x.to(device))
-        state = state_of(gaussians, float(scalars["half_side"]))
-        state.iteration, best_psnr = int(scalars["iteration"]), scalars["best_psnr"]
-        state.best_psnr = None if best_psnr is None else float(best_psnr)
-        _put_moments(state.adam, tensors, scalars["adam_steps"], device)
-        state.stats = densify.GradientStats(len(gaussians), device)
-        state.stats.total, state.stats.seen = (
-            tensors["stats.total"].to(device),
-            tensors["stats.seen"].to(device),
-        )
-        for kind in ("best", "average"):
-            model = _under(tensors, f"{kind}.")
-            if model:
-                setattr(state, kind, Gaussians4D.checked(model, str(path)).map(lambda x: x.to(device)))
-        values = {kind: value.to(device) for kind, value in _under(tensors, "corrections.").items()}
-        if values:
-            state.corrections = Corrections(values, tensors["centre"].to(device), state.half_side)
-        return state, dict(scalars["extra"])
+        return unpacked(tensors, metadata["state"], str(path), device)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{fileio.quoted(path)} is a damaged checkpoint: {error}") from error
+
+
+def unpacked(
+    tensors: dict[str, torch.Tensor], text: str, label: str, device: torch.device | str
+) -> tuple[State, dict[str, int | str]]:
+    """What `packed` took apart; raises InputError, KeyError, ValueError or TypeError for anything else."""
+    scalars = json.loads(text)
+    gaussians = Gaussians4D.checked(_under(tensors, "gaussians."), label).map(lambda x: x.to(device))
+    state = state_of(gaussians, float(scalars["half_side"]))
+    state.iteration, best_psnr = int(scalars["iteration"]), scalars["best_psnr"]
+    state.best_psnr = None if best_psnr is None else float(best_psnr)
+    _put_moments(state.adam, tensors, scalars["adam_steps"], device)
+    state.stats = densify.GradientStats(len(gaussians), device)
+    state.stats.total, state.stats.seen = (
+        tensors["stats.total"].to(device),
+        tensors["stats.seen"].to(device),
+    )
+    for kind in ("best", "average"):
+        model = _under(tensors, f"{kind}.")
+        if model:
+            setattr(state, kind, Gaussians4D.checked(model, label).map(lambda x: x.to(device)))
+    values = {kind: value.to(device) for kind, value in _under(tensors, "corrections.").items()}
+    if values:
+        state.corrections = Corrections(values, tensors["centre"].to(device), state.half_side)
+    return state, dict(scalars["extra"])
 
 
 def _take_moments(adam: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> dict[str, float]:

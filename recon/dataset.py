@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,8 +118,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     RGBA images, RGB with `mask_path`, or plain RGB before a background that is estimated from the borders.  No
     `time` anywhere means a static scene.  Raises InputError that names the frame and what is wrong with it.
     """
-    file = find_transforms(path, split)
-    meta, entries = _read(file)
+    file, meta, entries = _entries(path, split)
     poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
     times = _times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -147,46 +146,47 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     )
 
 
-@dataclass(frozen=True)
-class Posed:
-    """One frame of a transforms file, its image not yet read."""
+class Shot(NamedTuple):
+    """One entry of a transforms file, checked, its pixels not read."""
 
     image: Path
     mask: Path | None
-    c2w: np.ndarray  # [4, 4] OpenGL
-    K: np.ndarray  # [3, 3] for the image as stored
-    time: float | None  # 0..1
+    c2w: np.ndarray  # [4, 4] camera to world, OpenGL
+    K: np.ndarray  # [3, 3] pixels of the image as stored
+    width: int
+    height: int
+    time: float  # 0..1
 
 
-def posed(path: str | Path, split: str = "train") -> list[Posed]:
-    """The frames of a dataset, checked as `load` checks them, without their pixels."""
-    file = find_transforms(path, split)
-    meta, entries = _read(file)
-    times = _times(entries, file) if any("time" in entry for entry in entries) else [None] * len(entries)
+def shots(path: str | Path, split: str = "train") -> list[Shot]:
+    """Every image of a dataset with its camera and moment, as `load` reads them. Raises InputError as it does."""
+    file, meta, entries = _entries(path, split)
     found = []
-    for k, (entry, time) in enumerate(zip(entries, times, strict=True)):
+    for k, (entry, time) in enumerate(zip(entries, _times(entries, file), strict=True)):
         image = _image_path(file, k, entry)
-        K = _intrinsics(entry, meta, *images.read_size(image), f"{fileio.quoted(file)}: frame {k}")
+        width, height = images.read_size(image)
+        K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
         mask = _resolve(file, k, entry, "mask_path") if "mask_path" in entry else None
-        found.append(Posed(image, mask, _pose(entry, k, file), K, time))
+        found.append(Shot(image, mask, _pose(entry, k, file), K, width, height, time))
     return found
 
 
-def read_posed(frame: Posed) -> np.ndarray:  # [H, W, 4] uint8, straight alpha
-    """The picture of a frame, its mask applied."""
-    rgba, _ = images.read_rgba(frame.image)
-    return rgba if frame.mask is None else _with_mask(rgba, frame.mask)
-
-
-def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The content of a transforms file and its frames."""
+def _entries(path: str | Path, split: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
+    """The transforms file of a split, its content and its frames; distorted cameras are refused."""
+    file = find_transforms(path, split)
     meta = fileio.read_json(file, fileio.TRANSFORMS_CAP)
     entries = meta.get("frames") if isinstance(meta, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
     for part in (meta, *entries):
         _refuse_distortion(part, file)
-    return meta, entries
+    return file, meta, entries
+
+
+def read_shot(shot: Shot) -> np.ndarray:  # [H, W, 4] uint8, straight alpha
+    """The picture of a shot, its mask applied."""
+    rgba, _ = images.read_rgba(shot.image)
+    return rgba if shot.mask is None else _with_mask(rgba, shot.mask)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from d2.recon import render
 from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.nerf import views as nerf
+from d2.recon.nerf.checkpoints import write_checkpoint
 from d2.recon.placement import Placement, place
 from d2.recon.sources import DEFAULT_FPS, DEFAULT_FRAMES, Source, check_playback, find
 from d2.recon.viewer.write import write_html, write_web
@@ -73,6 +75,8 @@ def export(
     `export` beside them.  Formats without motion (ply, spz, splat, glb) become a folder each with
     `<name>_0001.ply` … and frames.json; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
     then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).
+    nerfstudio is a folder with a checkpoint of its method d2-4dgs; for one moment nerfstudio_moment, a dataset for its
+    static methods: the run's own pictures of that moment, or views that the model draws where the run holds none.
     `fps` and `frames` are by default what the run or the file says, else 24 and 25;
     `span` (first, end) writes a part of those frames.  With `time` (0..1) everything shows
     that moment, as one file a format; splatv and 4dgs hold the whole motion always.  `placement` is the same
@@ -128,6 +132,7 @@ def file_name(what: str, clip: Clip) -> str:
         "contact": "contact.png",
         "web": "web/index.html",
         "usd-points": f"{clip.name}_points.usd",
+        "nerfstudio": "nerfstudio" if len(clip.times) > 1 else "nerfstudio_moment",
     }
     return named.get(what, f"{clip.name}.{what}")
 
@@ -198,12 +203,32 @@ def write_contact(clip: Clip, target: Path) -> None:
     images.write_png(target, sheet)
 
 
+def write_nerfstudio(clip: Clip, target: Path) -> None:
+    """A clip: a checkpoint of its method d2-4dgs. One moment: a dataset for its static methods."""
+    pictures = clip.run if clip.run is not None and clip.run.stage("generate") is not None else None
+    with sequence.replacing(target, clip.overwrite) as folder:
+        if len(clip.times) > 1:
+            views = folder / "views"
+            if pictures is None:
+                nerf.write_drawn_clip(clip.gaussians, views)
+            metadata = {"fps": f"{clip.fps:g}", "frames": str(clip.length)}
+            data = target / views.name if pictures is None else pictures.folder
+            write_checkpoint(clip.gaussians, metadata, folder, target, data)
+        elif pictures is None:
+            nerf.write_drawn_moment(clip.gaussians, float(clip.times[0]), folder)
+        else:
+            nerf.write_moment_of(pictures, float(clip.times[0]), folder)
+        fileio.write_json(folder / sequence.MANIFEST, {"fps": clip.fps, "frames": []})
+    clip.progress("nerfstudio", 1, 1)
+
+
 MOMENTS = {"ply": 68, "spz": 20, "splat": 32, "glb": 88}  # formats without motion: bytes a Gaussian at degree 0
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
     **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},
     "splatv": write_splatv,
     "4dgs": write_4dgs,
+    "nerfstudio": write_nerfstudio,
     "mp4": write_turntable,
     "contact": write_contact,
     "html": write_html,

@@ -86,7 +86,7 @@ def reconstruct(
     """
     observer = observer or Observer()
     path = Path(path)
-    settings = settled(configuration.load(ReconstructConfig, preset, sets=sets), _is_generated(path))
+    settings = settled(configuration.load(ReconstructConfig, preset, sets=sets), is_generated(path))
     place = machine.choose_device(device)
     stage = f"reconstruct:{plain_name(name)}"
     _require_finished_input(path)
@@ -255,7 +255,7 @@ def settled(settings: ReconstructConfig, generated: bool) -> ReconstructConfig:
     return replace(settings, disagreement=disagreement, **unset)
 
 
-def _is_generated(path: Path) -> bool:
+def is_generated(path: Path) -> bool:
     """Whether a model made the pictures of a run folder."""
     stage = Run.open(path).stage("generate") if is_run(path) else None
     return stage is not None and "models" in stage

@@ -69,6 +69,11 @@ class State:
     best_psnr: float | None = None  # dB; None before the first validation, or without held-out cells
     seconds: dict[str, float] = field(default_factory=dict)  # spent so far, by part
 
+    @property
+    def model(self) -> Gaussians4D:
+        """What the run would give if it ended now: the average where there is one."""
+        return self.gaussians if self.average is None else self.average
+
 
 def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | str) -> State:
     """The initial state, from the visual hull."""
@@ -108,8 +113,7 @@ def fit(
     Raises NumericalError when loss or parameters leave the finite numbers; `state.best` is then the last good one.
     """
     train, held_out = holdout_split(dataset, config)
-    is_large = max(train.width, train.height) >= COARSE_FROM
-    coarse = train.halved() if config.coarse_until and is_large else train
+    coarse = coarse_cells(train, config)
     begin = time.perf_counter()
     while True:
         elapsed = time.perf_counter() - begin
@@ -171,6 +175,12 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
         take_average(state, AVERAGE_EVERY / config.average_over)
     clock("densify")
     return loss.detach()
+
+
+def coarse_cells(train: Dataset, config: ReconstructConfig) -> Dataset:
+    """What is trained on until `config.coarse_until`: half the resolution, where the images are large."""
+    is_large = max(train.width, train.height) >= COARSE_FROM
+    return train.halved() if config.coarse_until and is_large else train
 
 
 def _draw(
@@ -244,7 +254,7 @@ def replace_gaussians(state: State, gaussians: Gaussians4D, source: Tensor) -> N
 
 def validate(state: State, held_out: Dataset, config: ReconstructConfig) -> tuple[float | None, bool]:
     """Mean PSNR over the held-out cells; keeps the model when it is the best so far (or there are none)."""
-    model = state.gaussians if state.average is None else state.average
+    model = state.model
     quality = evaluate_psnr(model, held_out, config) if len(held_out) else None
     is_best = state.best is None or quality is None or state.best_psnr is None or quality > state.best_psnr
     if is_best:
@@ -286,9 +296,15 @@ def require_finite(state: State, loss: float) -> None:
 
 def holdout_split(dataset: Dataset, config: ReconstructConfig) -> tuple[Dataset, Dataset]:
     """Training cells and held-out cells; at most a tenth is held out, chosen by the seed."""
-    count = min(config.holdout, len(dataset) // 10)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(_mix(config.seed, 3, 0)))
-    return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)
+    kept, held_out = holdout_indices(len(dataset), config)
+    return dataset.subset(kept), dataset.subset(held_out)
+
+
+def holdout_indices(cells: int, config: ReconstructConfig) -> tuple[Tensor, Tensor]:
+    """Which of so many cells are trained on and which are held out, both in ascending order."""
+    count = min(config.holdout, cells // 10)
+    order = torch.randperm(cells, generator=torch.Generator().manual_seed(_mix(config.seed, 3, 0)))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def cells_of_step(count: int, pairs: int, seed: int, iteration: int) -> Tensor:

@@ -115,10 +115,9 @@ def writes_of(tree: ast.AST) -> list[str]:
         writing = opened and any(
             isinstance(m, str) and re.fullmatch(r"[rwaxbt+]+", m) and set(m) & set("wax+") for m in modes
         )
-        by_path = (
-            name == "save" and "image" in owner.lower() and not (call.args and "buffer" in ast.unparse(call.args[0]))
-        )
-        if writing or by_path or name in WRITERS or (owner, name) in MODULE_WRITERS:
+        to_memory = any("buffer" in ast.unparse(argument) for argument in call.args)
+        by_path = name == "save" and ("image" in owner.lower() or (owner, name) in MODULE_WRITERS) and not to_memory
+        if writing or by_path or name in WRITERS or (name != "save" and (owner, name) in MODULE_WRITERS):
             found.append(f"line {call.lineno}: {ast.unparse(call)[:80]}")
     return found
 
@@ -233,7 +232,14 @@ def test_search_for_writers_finds(line):
 
 @pytest.mark.parametrize(
     "line",
-    ["open(path)", "open(path, 'rb')", "text.replace('a', 'w')", "image.save(buffer, 'PNG')", "fileio.remove(p)"],
+    [
+        "open(path)",
+        "open(path, 'rb')",
+        "text.replace('a', 'w')",
+        "image.save(buffer, 'PNG')",
+        "fileio.remove(p)",
+        "torch.save(x, buffer)",
+    ],
 )
 def test_search_for_writers_passes(line):
     assert not writes_of(ast.parse(line))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,10 @@ def write(
     Raises ConflictError when `folder` exists and is not to be overwritten, or was not written by this function.
     """
     folder = Path(folder)
-    check_replaceable(folder, overwrite)
     check_name(name)
     _check_clip(times, fps)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     entries = []
-    try:
+    with replacing(folder, overwrite) as temporary:
         for index, time in enumerate(times):
             file = file_name(name, suffix, index, len(times))
             fileio.atomic_write(temporary / file, encode(float(time)))
@@ -49,10 +48,22 @@ def write(
         for file, content in (beside or {}).items():
             fileio.atomic_write(temporary / file, content)
         fileio.write_json(temporary / MANIFEST, {"fps": fps, "frames": entries})
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to fill, frames.json last, that takes the place of `folder` once it is whole.
+
+    Raises ConflictError as `check_replaceable` does, before anything is written.
+    """
+    check_replaceable(folder, overwrite)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    try:
+        yield temporary
         fileio.swap_folder(temporary, folder)
     finally:
         fileio.remove(temporary)
-    return folder
 
 
 def file_name(name: str, suffix: str, index: int, count: int) -> str:

@@ -12,10 +12,11 @@ from d2.errors import ConflictError, InputError
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.importers import colmap, pictures, splats, transforms, videos
 from d2.recon.importers.pictures import Loose, Matrix
+from d2.recon.nerf.checkpoints import import_checkpoint, is_checkpoint
 from d2.recon.pipeline import MODEL
 from d2.run import Run, is_run
 
-Kind = Literal["sv4d", "consistent4d", "transforms", "colmap", "videos", "ply"]
+Kind = Literal["sv4d", "consistent4d", "transforms", "colmap", "videos", "ply", "d2-4dgs"]
 DEFAULT_FPS = 24.0
 LEAST_SPACE = 16 * fileio.MB
 
@@ -47,7 +48,8 @@ def bring(
     """Makes a run folder of another tool's data, for `reconstruct` and, where Gaussians came, `export`.
 
     `kind` is by default told by what lies in `path`: SV4D's videos, Consistent4D's folders, transforms.json
-    (D-NeRF, Blender, nerfstudio), a COLMAP project, videos with cameras.json, or a 3DGS PLY sequence.  The sequence
+    (D-NeRF, Blender, nerfstudio), a COLMAP project, videos with cameras.json, a 3DGS PLY sequence, or what
+    nerfstudio's method d2-4dgs trained.  The sequence
     becomes 4D Gaussians where its files hold the same ones in the same order; else, and with `refit`, it is drawn
     from all sides for `reconstruct` to fit.  `elevation_deg`, `fov_deg` and `clockwise` are of SV4D and Consistent4D,
     whose files name no cameras.  `out` is by default runs/<name>.  Raises InputError for what cannot be read and
@@ -71,6 +73,9 @@ def bring(
     )
     _require_place(home, path)
     message(f"Reading {fileio.quoted(path)} as {kind}")
+    if kind == "d2-4dgs":
+        model, metadata = Gaussians4D.load_with_metadata(import_checkpoint(path, home) / MODEL)
+        return Imported(home, kind, 0, len(model), float(metadata.get("fps", DEFAULT_FPS)))
     found: Matrix | Loose
     match kind:
         case "ply":
@@ -104,10 +109,14 @@ def bring(
 
 def detect(path: Path) -> Kind:
     """Which tool's data lies there. Raises InputError, naming what is known, where none does."""
+    if is_checkpoint(path):
+        return "d2-4dgs"
     if not path.is_dir():
         if videos.SV4D_VIEW.fullmatch(path.name):
             return "sv4d"
-        raise InputError(f"{fileio.quoted(path)} is a file; expected a folder, or a video of SV4D's")
+        raise InputError(
+            f"{fileio.quoted(path)} is a file; expected a folder, a video of SV4D's, or a step-*.safetensors of d2-4dgs"
+        )
     names = {entry.name for entry in path.iterdir()}
     if videos.CAMERAS in names:
         return "videos"

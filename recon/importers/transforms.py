@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from d2 import images
 from d2.recon import dataset
 from d2.recon.importers.pictures import Loose, Picture
 
@@ -17,8 +16,10 @@ def read(folder: Path) -> Loose:
     found = {}
     for split in SPLITS:
         if split == "train" or (folder / f"transforms_{split}.json").is_file():
-            frames = dataset.posed(folder, split)
+            shots = dataset.shots(folder, split)
+            moving = any(shot.time for shot in shots)
             found[split] = [
-                Picture(partial(dataset.read_posed, f), f.c2w, f.K, images.read_size(f.image), f.time) for f in frames
+                Picture(partial(dataset.read_shot, s), s.c2w, s.K, (s.width, s.height), s.time if moving else None)
+                for s in shots
             ]
     return Loose(found)

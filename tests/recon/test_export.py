@@ -166,7 +166,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
 def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "contact.png").mkdir(parents=True)
-    known = "known: ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, mp4, contact"
+    known = "known: ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, nerfstudio, mp4, contact"
     cases = [
         ({"formats": ["xyz"]}, known), ({"formats": []}, known), ({"formats": ["ply", ""]}, known),
         ({"out": "-"}, "must be a folder"), ({"out": ""}, "must be a folder"),

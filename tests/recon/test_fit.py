@@ -280,7 +280,7 @@ def test_no_needle_is_thinner_than_the_floor(run_folder):
 def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
     names = list(pipeline.DISAGREEING)
     made, true = (
-        pipeline.settled(ReconstructConfig(), pipeline._is_generated(folder)) for folder in (finished, run_folder)
+        pipeline.settled(ReconstructConfig(), pipeline.is_generated(folder)) for folder in (finished, run_folder)
     )
     assert (made.disagreement, true.disagreement) == (True, False) and made.correct_blurs
     assert [getattr(made, name) for name in names] == [pipeline.DISAGREEING[name] for name in names]
