@@ -13,7 +13,7 @@ import numpy as np
 
 from d2 import fileio, images
 from d2.errors import ConflictError, InputError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
@@ -182,15 +182,15 @@ def write_4dgs(clip: Clip, target: Path) -> None:
 
 def write_turntable(clip: Clip, target: Path) -> None:
     """One turn of the camera over whole plays of the clip, on white."""
-    times = render.loop_times(clip.times, clip.fps)
-    pictures = render.turntable(clip.gaussians, times, clip.size, clip.size)
+    times = drawing.loop_times(clip.times, clip.fps)
+    pictures = drawing.turntable(clip.gaussians, times, clip.size, clip.size)
     images.write_mp4(target, _counted(pictures, len(times), clip.progress), clip.fps)
 
 
 def write_contact(clip: Clip, target: Path) -> None:
     """Four sides at up to six moments."""
     columns = np.unique(np.linspace(0, len(clip.times) - 1, CONTACT_COLUMNS).round().astype(int))
-    sheet = render.contact_sheet(
+    sheet = drawing.contact_sheet(
         clip.gaussians,
         clip.times[columns],
         progress=lambda done, total: clip.progress("contact", done, total),

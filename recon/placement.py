@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2.errors import InputError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats.frames import move
 from d2.recon.gaussians import Gaussians4D
 
@@ -40,14 +40,14 @@ def place(
     times: Sequence[float] | np.ndarray,  # [F] in 0..1, over which size and ground are measured
     placement: Placement,
 ) -> Gaussians4D:
-    """The asset as every format writes it; floaters don't count for its size (`render.bounds`)."""
+    """The asset as every format writes it; floaters don't count for its size (`drawing.bounds`)."""
     if placement == Placement():
         return gaussians
     turn = math.pi / 2 * FORWARD[placement.forward]
     c, s = round(math.cos(turn)), round(math.sin(turn))
     R = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
     turned = move(gaussians, R)
-    low, high = render.bounds(turned, times)
+    low, high = drawing.bounds(turned, times)
     scale = 1.0 if placement.height is None else placement.height / max(float(high[2] - low[2]), 1e-9)
     origin = 0.5 * (low + high)
     if placement.pivot == "ground":

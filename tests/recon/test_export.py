@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from d2 import fileio, images
 from d2.cli.export import export as command
 from d2.errors import ConflictError, InputError, NumericalError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.exports import export, find
 from d2.recon.formats import glb, ply, spz
 from d2.recon.gaussians import Gaussians4D
@@ -156,7 +156,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
         raise NumericalError("injected")
 
     monkeypatch.setattr("d2.recon.formats.ply.encode", fail)
-    monkeypatch.setattr("d2.recon.render.rasterize", fail)
+    monkeypatch.setattr("d2.recon.drawing.rasterize", fail)
     for what in ("ply", "mp4", "contact"):
         with pytest.raises(NumericalError, match="injected"):
             export(recon, [what], overwrite=True, size=32)
@@ -284,7 +284,7 @@ def test_placement_is_the_same_in_every_format(recon):
     for other in found[1:]:
         torch.testing.assert_close(other.means, found[0].means, atol=5e-4, rtol=0)
     placed = place(Gaussians4D.load(recon / "gaussians.safetensors"), [0.5], placement)
-    low, high = render.bounds(placed, [0.5])
+    low, high = drawing.bounds(placed, [0.5])
     assert low[2] == pytest.approx(0, abs=1e-5) and high[2] == pytest.approx(1.8, abs=1e-4)
     before = Gaussians4D.load(recon / "gaussians.safetensors")
     ratio = placed.velocities.norm(dim=1) / before.velocities.norm(dim=1)
