@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import bench, convert, doctor, export, generate, info, reconstruct, run, train, view
+from d2.cli import bench, convert, doctor, export, generate, info, reconstruct, render, run, train, view
 from d2.errors import D2Error
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(run.run)
 app.command()(generate.generate)
 app.command()(reconstruct.reconstruct)
 app.command()(export.export)
+app.command()(render.render)
 app.command()(view.view)
 app.command()(convert.convert)
 app.command()(info.info)

@@ -25,7 +25,7 @@ SYSTEM_LIBRARIES = {
     "libX11.so.6": "libx11-6",
     "libEGL.so.1": "libegl1",
 }
-EXTRAS = {"open3d": "mesh", "pxr": "usd", "fourdgs": "fourdgs", "nerfstudio": "nerfstudio"}
+EXTRAS = {"open3d": "mesh", "pxr": "usd", "fourdgs": "fourdgs", "OpenEXR": "exr", "nerfstudio": "nerfstudio"}
 
 
 class Check(NamedTuple):

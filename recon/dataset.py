@@ -117,9 +117,9 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
     for part in (meta, *entries):
-        _refuse_distortion(part, file)
-    poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
-    times = _times(entries, file)
+        refuse_distortion(part, file)
+    poses = np.stack([read_pose(entry, k, file) for k, entry in enumerate(entries)])
+    times = read_times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         cells = list(pool.map(lambda item: _cell(file, item[0], item[1], meta, size), enumerate(entries)))
     sizes = {cell.rgba.shape for cell in cells}
@@ -137,7 +137,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         viewmats=torch.from_numpy(camera.viewmats(poses)).float(),
         Ks=torch.from_numpy(np.stack([cell.K for cell in cells])).float(),
         times=torch.tensor(times, dtype=torch.float32),
-        views=_view_ids(poses),
+        views=view_ids(poses),
         has_alpha=has_alpha,
         background=torch.ones(3) if has_alpha else border,
         plain_background=is_plain,
@@ -156,7 +156,7 @@ def _cell(file: Path, k: int, entry: dict[str, Any], meta: dict[str, Any], size:
     path = _image_path(file, k, entry)
     rgba, has_alpha = images.read_rgba(path)
     height, width = rgba.shape[:2]
-    K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
+    K = read_intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
     if "mask_path" in entry:
         rgba, has_alpha = _with_mask(rgba, _resolve(file, k, entry, "mask_path")), True
     scale = 1.0 if size is None else size / max(width, height)
@@ -194,7 +194,7 @@ def _with_mask(rgba: np.ndarray, path: Path) -> np.ndarray:
     return np.dstack([rgba[..., :3], mask])
 
 
-def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height: int, where: str) -> np.ndarray:
+def read_intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height: int, where: str) -> np.ndarray:
     """K for the image as stored: from fl_x fl_y cx cy (frame before file), else from camera_angle_x."""
 
     def get(key: str) -> float | None:
@@ -220,7 +220,7 @@ def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height:
     return camera.intrinsics(fx * sx, fy * sy, (get("cx") or w / 2) * sx, (get("cy") or h / 2) * sy)
 
 
-def _refuse_distortion(meta: dict[str, Any], file: Path) -> None:
+def refuse_distortion(meta: dict[str, Any], file: Path) -> None:
     if str(meta.get("camera_model", "OPENCV")).upper() not in (
         "OPENCV",
         "PINHOLE",
@@ -234,7 +234,7 @@ def _refuse_distortion(meta: dict[str, Any], file: Path) -> None:
             raise InputError(f"{fileio.quoted(file)}: lens distortion {key} = {value!r}; undistort the images first")
 
 
-def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
+def read_pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
     """c2w [4, 4], checked rigid."""
     where = f"{fileio.quoted(file)}: frame {k}"
     try:
@@ -255,7 +255,7 @@ def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
     return matrix
 
 
-def _times(entries: list[dict[str, Any]], file: Path) -> list[float]:
+def read_times(entries: list[dict[str, Any]], file: Path) -> list[float]:
     if all("time" not in entry for entry in entries):
         return [0.0] * len(entries)
     times = []
@@ -267,7 +267,7 @@ def _times(entries: list[dict[str, Any]], file: Path) -> list[float]:
     return times
 
 
-def _view_ids(poses: np.ndarray) -> Tensor:
+def view_ids(poses: np.ndarray) -> Tensor:
     """Numbers the different poses in order of first appearance."""
     ids: dict[bytes, int] = {}
     rounded = np.round(poses, 6) + 0.0  # -0.0 and 0.0 are one pose

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Literal
 
 import numpy as np
 
-from d2 import fileio, images
-from d2.errors import ConflictError, InputError
-from d2.recon import drawing
+from d2 import fileio, images, video
+from d2.errors import InputError
+from d2.recon import drawing, targets
 from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.placement import Placement, place
-from d2.recon.sources import DEFAULT_FPS, DEFAULT_FRAMES, Source, check_playback, find
+from d2.recon.sources import Source, check_playback, find, in_memory
 from d2.recon.viewer.write import write_html, write_web
 from d2.run import Run, frame_time
 
@@ -87,8 +86,8 @@ def export(
     _check_ranges(time, size, span, up)
     axes: Frame | None = None if up is None else "world" if up == "z" else "rub"
     layout = ply.Layout(axes or frame, pad_sh3, prune_opacity)
-    found = _in_memory(source) if isinstance(source, Gaussians4D) else find(source)
-    folder = _output_folder(out, found)
+    found = in_memory(source) if isinstance(source, Gaussians4D) else find(source)
+    folder = targets.folder(out, found.folder, "export")
     count = frames or found.frames
     if len(found.gaussians) == 0:
         raise InputError("nothing to export: there are no Gaussians")
@@ -98,13 +97,13 @@ def export(
         layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
     )  # fmt: skip
     sequence.check_name(clip.name)
-    targets = {what: folder / file_name(what, clip) for what in wanted}
-    for target in targets.values():
-        _check_free(target, overwrite)
+    outputs = {what: folder / file_name(what, clip) for what in wanted}
+    for target in outputs.values():
+        targets.check_free(target, overwrite)
     fileio.require_space(folder, _least_bytes(wanted, clip))
-    for what, target in targets.items():
+    for what, target in outputs.items():
         FORMATS[what](clip, target)
-    return targets
+    return outputs
 
 
 def _beside(found: Source, placement: Placement) -> tuple[Path | None, Run | None]:
@@ -184,7 +183,7 @@ def write_turntable(clip: Clip, target: Path) -> None:
     """One turn of the camera over whole plays of the clip, on white."""
     times = drawing.loop_times(clip.times, clip.fps)
     pictures = drawing.turntable(clip.gaussians, times, clip.size, clip.size)
-    images.write_mp4(target, _counted(pictures, len(times), clip.progress), clip.fps)
+    video.write(target, _counted(pictures, len(times), clip.progress), clip.fps)
 
 
 def write_contact(clip: Clip, target: Path) -> None:
@@ -218,36 +217,6 @@ def _counted(pictures: Iterator[np.ndarray], total: int, progress: Progress) -> 
 
 
 # -- what to read and where to write ---------------------------------------------------------------------
-
-
-def _in_memory(gaussians: Gaussians4D) -> Source:
-    return Source(gaussians, None, "asset", DEFAULT_FPS, DEFAULT_FRAMES)
-
-
-def _output_folder(out: str | Path | None, found: Source) -> Path:
-    """Where to write; that it can be written to is known before any work."""
-    if out is None and found.folder is None:
-        raise InputError("Gaussians in memory have no folder of their own; pass out=…")
-    if out is not None and str(out) in ("", "-"):
-        raise InputError(f"--out must be a folder, got {str(out)!r}")
-    folder = Path(out) if out is not None else Path(found.folder or ".") / "export"
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{fileio.quoted(existing)} is a file; exports go into a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{fileio.quoted(existing)} cannot be written to; choose another --out")
-    return folder
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if target.suffix == "":
-        sequence.check_replaceable(target, overwrite)
-    elif target.is_dir():
-        raise InputError(f"{fileio.quoted(target)} is a folder; choose another --out")
-    elif os.path.lexists(target) and not overwrite:
-        raise ConflictError(f"{fileio.quoted(target)} exists; pass --overwrite or choose another --out")
 
 
 def _known(formats: Sequence[str]) -> list[str]:

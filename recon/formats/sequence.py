@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,25 +36,49 @@ def write(
 
     Raises ConflictError when `folder` exists and is not to be overwritten, or was not written by this function.
     """
+    _check_clip(times, fps)
+    with writing(folder, name, suffix, len(times), fps, overwrite=overwrite, beside=beside) as add:
+        for index, time in enumerate(times):
+            add(encode(float(time)), float(time))
+            progress(index + 1, len(times))
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | Path,
+    name: str,
+    suffix: str,
+    count: int,
+    fps: float,
+    *,
+    overwrite: bool = False,
+    beside: dict[str, bytes] | None = None,
+    about: dict[str, Any] | None = None,
+) -> Iterator[Callable[[bytes, float], None]]:
+    """Yields what takes the content and the time of one file after the other; like `write`, whole or not at all.
+
+    `about` is told in frames.json besides the rate and the files.
+    """
     folder = Path(folder)
     check_replaceable(folder, overwrite)
     check_name(name)
-    _check_clip(times, fps)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    entries = []
+    entries: list[dict[str, Any]] = []
+
+    def add(content: bytes, time: float) -> None:
+        file = file_name(name, suffix, len(entries), count)
+        fileio.atomic_write(temporary / file, content)
+        entries.append({"file": file, "time": time})
+
     try:
-        for index, time in enumerate(times):
-            file = file_name(name, suffix, index, len(times))
-            fileio.atomic_write(temporary / file, encode(float(time)))
-            entries.append({"file": file, "time": float(time)})
-            progress(index + 1, len(times))
+        yield add
         for file, content in (beside or {}).items():
             fileio.atomic_write(temporary / file, content)
-        fileio.write_json(temporary / MANIFEST, {"fps": fps, "frames": entries})
+        fileio.write_json(temporary / MANIFEST, {"fps": fps, **(about or {}), "frames": entries})
         fileio.swap_folder(temporary, folder)
     finally:
         fileio.remove(temporary)
-    return folder
 
 
 def file_name(name: str, suffix: str, index: int, count: int) -> str:
