@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from d2.recon.formats.frames import Frame
 
 
-_FORMATS = "ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, mp4, contact, html, web"
+_FORMATS = "ply, spz, splat, sog, glb, usd, usdz, usd-points, splatv, 4dgs, cameras, mp4, contact, html, web"
 
 
 def export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from d2 import camera, fileio
 from d2.errors import InputError
 from d2.recon import dataset
 from d2.recon.dataset import Dataset
+from d2.recon.placement import Similarity
 
 FILE = "cameras.json"  # in a reconstruction's folder; the layout of transforms.json
 UNKNOWN_SIDE = 512  # pixels, where a file gives a field of view alone
@@ -39,6 +40,48 @@ class Cameras:
         """Indices in order of time of the pictures of the input: the moving camera, or the view `input_view`."""
         order = np.argsort(self.times, kind="stable")
         return order if self.moves else order[self.views[order] == input_view(self.c2w, self.times, self.views)]
+
+
+class Track(NamedTuple):
+    """One camera as artists' tools take it: standing, or on its way through the clip."""
+
+    name: str
+    c2w: np.ndarray  # [n, 4, 4] OpenGL camera to world; n = 1: it stands
+    Ks: np.ndarray  # [n, 3, 3] pixels
+    times: np.ndarray  # [n] in 0..1
+    width: int
+    height: int
+
+    def moved(self, similarity: Similarity) -> Track:
+        """As it sees the asset once that is placed elsewhere."""
+        return self._replace(c2w=similarity.poses(self.c2w))
+
+    def during(self, times: np.ndarray) -> Track:
+        """The part of its way within the moments [F] of a clip; of one moment, the nearest place."""
+        within = (self.times >= times[0] - 1e-9) & (self.times <= times[-1] + 1e-9)
+        kept = np.flatnonzero(within) if within.any() else np.abs(self.times - times[0]).argmin()[None]
+        kept = kept if len(self.times) > 1 else np.arange(1)
+        return self._replace(c2w=self.c2w[kept], Ks=self.Ks[kept], times=self.times[kept])
+
+    def turned(self, rotation: np.ndarray) -> np.ndarray:  # [n, 4, 4]
+        """Its poses in a world turned by p' = rotation p."""
+        c2w = self.c2w.copy()
+        c2w[:, :3] = rotation @ c2w[:, :3]
+        return c2w
+
+
+def tracks(cameras: Cameras) -> list[Track]:
+    """One track a view, that of the input called so, the others by their number."""
+    size = cameras.width, cameras.height
+    if cameras.moves:
+        order = cameras.input_track()
+        return [Track("input", cameras.c2w[order], cameras.Ks[order], cameras.times[order], *size)]
+    main, found = input_view(cameras.c2w, cameras.times, cameras.views), []
+    for view in np.unique(cameras.views):
+        first = np.flatnonzero(cameras.views == view)[:1]
+        name = "input" if view == main else f"view_{view:02d}"
+        found.append(Track(name, cameras.c2w[first], cameras.Ks[first], cameras.times[first], *size))
+    return found
 
 
 def input_view(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 
 from d2 import fileio, images, video
 from d2.errors import InputError
-from d2.recon import drawing, targets
-from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
+from d2.recon import cameras, drawing, handout, targets
+from d2.recon.formats import fourdgs, glb, ply, sequence, sog, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.placement import Placement, place
@@ -44,6 +45,7 @@ class Clip:
     length: int  # frames of the whole clip
     folder: Path | None = None  # of the reconstruction
     run: Run | None = None
+    tracks: Sequence[cameras.Track] = ()  # the input's, placed as the Gaussians are
 
 
 def export(
@@ -69,9 +71,10 @@ def export(
 
     `source` is a run folder (its newest reconstruction), a reconstruction's folder, its
     gaussians.safetensors or the Gaussians themselves (then `out` is needed).  `out` is by default the folder
-    `export` beside them.  Formats without motion (ply, spz, splat, glb) become a folder each with
-    `<name>_0001.ply` … and frames.json; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
-    then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).
+    `export` beside them.  Formats without motion (ply, spz, splat, sog, glb) become a folder each with
+    `<name>_0001.ply` …, frames.json and README.txt; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
+    then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site);
+    `cameras/` holds the input's cameras as USD and GLB, to match its plates.  README.txt says how programs open it.
     `fps` and `frames` are by default what the run or the file says, else 24 and 25;
     `span` (first, end) writes a part of those frames.  With `time` (0..1) everything shows
     that moment, as one file a format; splatv and 4dgs hold the whole motion always.  `placement` is the same
@@ -92,18 +95,36 @@ def export(
     if len(found.gaussians) == 0:
         raise InputError("nothing to export: there are no Gaussians")
     times = _moments(time, count, span)
+    placed, moved = place(found.gaussians, times, placement)
     clip = Clip(
-        place(found.gaussians, times, placement), found.name if name is None else name, times, fps or found.fps,
+        placed, found.name if name is None else name, times, fps or found.fps,
         layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
+        tracks=[track.moved(moved) for track in _tracks(wanted, found)],
     )  # fmt: skip
     sequence.check_name(clip.name)
+    if "sog" in wanted:
+        sog.command()
     outputs = {what: folder / file_name(what, clip) for what in wanted}
     for target in outputs.values():
         targets.check_free(target, overwrite)
     fileio.require_space(folder, _least_bytes(wanted, clip))
     for what, target in outputs.items():
         FORMATS[what](clip, target)
+    _write_readme(clip, folder, wanted)
     return outputs
+
+
+def _tracks(wanted: Sequence[str], found: Source) -> list[cameras.Track]:
+    """The cameras of the input, where they are wanted."""
+    return cameras.tracks(cameras.load(found.folder)) if "cameras" in wanted else []
+
+
+def _write_readme(clip: Clip, folder: Path, wanted: Sequence[str]) -> None:
+    """README.txt about the single files of this call; sequences have their own, and nobody else's is replaced."""
+    single = [what for what in wanted if what in handout.FORMATS and (clip.still or what not in MOMENTS)]
+    target = folder / handout.FILE
+    if single and (not os.path.lexists(target) or target.read_bytes().startswith(handout.MARK.encode())):
+        fileio.atomic_write(target, handout.text(single, clip).encode())
 
 
 def _beside(found: Source, placement: Placement) -> tuple[Path | None, Run | None]:
@@ -126,6 +147,7 @@ def file_name(what: str, clip: Clip) -> str:
         "mp4": "turntable.mp4",
         "contact": "contact.png",
         "web": "web/index.html",
+        "cameras": "cameras/cameras.usda",
         "usd-points": f"{clip.name}_points.usd",
     }
     return named.get(what, f"{clip.name}.{what}")
@@ -146,6 +168,8 @@ def write_moments(clip: Clip, target: Path, what: str) -> None:
                 return spz.encode(moment, clip.frame or "rub")
             case "splat":
                 return splat.encode(moment, clip.frame or frame)
+            case "sog":
+                return sog.encode(moment, clip.layout)
             case _:
                 return glb.encode(moment)
 
@@ -155,7 +179,7 @@ def write_moments(clip: Clip, target: Path, what: str) -> None:
         return
     sequence.write(
         encode, target, clip.name, f".{what}", clip.times, clip.fps, overwrite=clip.overwrite,
-        progress=lambda done, total: clip.progress(what, done, total),
+        beside=handout.beside(what, clip), progress=lambda done, total: clip.progress(what, done, total),
     )  # fmt: skip
 
 
@@ -165,6 +189,14 @@ def write_usd(clip: Clip, target: Path, what: str = "usd") -> None:
         clip.gaussians, target, clip.times, clip.fps, up="z" if clip.frame == "world" else "y", name=clip.name,
         points=what == "usd-points", progress=lambda done, total: clip.progress(what, done, total),
     )  # fmt: skip
+
+
+def write_cameras(clip: Clip, target: Path) -> None:
+    """USD, and GLB beside it."""
+    during = [track.during(clip.times) for track in clip.tracks]
+    usd.write_cameras(during, target, clip.times, clip.fps, up="z" if clip.frame == "world" else "y")
+    fileio.atomic_write(target.with_suffix(".glb"), glb.encode_cameras(during, clip.times, clip.fps))
+    clip.progress("cameras", 1, 1)
 
 
 def write_splatv(clip: Clip, target: Path) -> None:
@@ -197,10 +229,17 @@ def write_contact(clip: Clip, target: Path) -> None:
     images.write_png(target, sheet)
 
 
-MOMENTS = {"ply": 68, "spz": 20, "splat": 32, "glb": 88}  # formats without motion: bytes a Gaussian at degree 0
+MOMENTS = {
+    "ply": 68,
+    "spz": 20,
+    "splat": 32,
+    "sog": 16,
+    "glb": 88,
+}  # formats without motion: bytes a Gaussian at degree 0
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
     **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},
+    "cameras": write_cameras,
     "splatv": write_splatv,
     "4dgs": write_4dgs,
     "mp4": write_turntable,

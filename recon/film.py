@@ -95,10 +95,10 @@ def render(
         raise InputError("nothing to render: there are no Gaussians")
     wishes = shots.Wishes(size, fps, seconds, turns, time, elevation_deg, fov_deg)
     shot = shots.plan(str(path), found, wishes)
-    base, format = _base(out, found, shot.name, format)
+    folder, stem, format = _where(out, found, shot.name, format)
     behind = _background(background, format)
     extra = _passes(passes, format, beside_input)
-    outputs = {what: base.with_name(f"{base.stem}{_TAIL[what]}{base.suffix}") for what in ("color", *extra)}
+    outputs = {what: folder / f"{stem}{_TAIL[what]}{_ending(format)}" for what in ("color", *extra)}
     for target in outputs.values():
         targets.check_free(target, overwrite)
     _require(format)
@@ -106,7 +106,7 @@ def render(
     drawer = machine.choose_device(device)
     beside = _input_pictures(found, shot) if beside_input else None
     wide = shot.width * (2 if beside_input else 1)
-    fileio.require_space(base.parent, _BYTES.get(format, 0) * wide * shot.height * len(shot.times))
+    fileio.require_space(folder, _BYTES.get(format, 0) * wide * shot.height * len(shot.times))
     near, far = shot.depth_range(found.gaussians)
     with ExitStack() as stack:
         plan = _Plan(shot, format, behind, wide, near, far, overwrite)
@@ -152,7 +152,13 @@ class _Plan:
             return
         about = {"near": self.near, "far": self.far} if what == "depth" else {}
         with sequence.writing(
-            target, target.name, f".{self.format}", len(shot.times), shot.fps, overwrite=self.overwrite, about=about
+            target,
+            target.name.removesuffix(_ending(self.format)),
+            f".{self.format}",
+            len(shot.times),
+            shot.fps,
+            overwrite=self.overwrite,
+            about=about,
         ) as add:
             if self.format == "exr":
                 yield Feed(lambda rgba, seen: exr.encode(rgba, seen.depth), add)
@@ -188,22 +194,24 @@ _TAIL = {"color": "", "alpha": "_alpha", "depth": "_depth"}
 _SUFFIXES = {codec.suffix: name for name, codec in video.CODECS.items()}
 
 
-def _base(out: str | Path | None, found: Source, name: str, format: str | None) -> tuple[Path, str]:
-    """The main output and its format; a sequence's has no suffix."""
+def _where(out: str | Path | None, found: Source, name: str, format: str | None) -> tuple[Path, str, str]:
+    """Folder, what names begin with, and format."""
     if format is not None and format not in FORMATS:
         raise InputError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     suffix = "" if out is None or Path(out).is_dir() else Path(out).suffix.lower()
     if out is None or suffix == "":
-        format = format or "mp4"
-        suffix = video.CODECS[format].suffix if format in video.CODECS else ""
-        return targets.folder(out, found.folder, "render") / f"{name}{suffix}", format
+        return targets.folder(out, found.folder, "render"), name, format or "mp4"
     known = _SUFFIXES.get(suffix)
     if known is None or format not in (None, known):
         expected = f"{video.CODECS[format].suffix}" if format in video.CODECS else ", ".join(_SUFFIXES)
         hint = f"; {format or 'png'} goes into a folder: --out DIR" if format in SEQUENCES or suffix == ".png" else ""
         raise InputError(f"--out {fileio.quoted(out)}: expected a folder or a file with suffix {expected}{hint}")
-    file = Path(out)
-    return targets.folder(file.parent, None, "") / file.name, known
+    return targets.folder(Path(out).parent, None, ""), Path(out).stem, known
+
+
+def _ending(format: str) -> str:
+    """What the name of an output ends with: a suffix, or that of a folder of pictures."""
+    return video.CODECS[format].suffix if format in video.CODECS else f"_{format}"
 
 
 def _background(text: str | None, format: str) -> Color | None:

@@ -86,8 +86,6 @@ def plan(path: str, source: Source, wishes: Wishes) -> Shot:
         shot = _from_file(Path(path), source, wishes)
     else:
         raise InputError(f"--path {path!r}: expected {', '.join(PATHS)} or a .json file with a camera path")
-    if len(shot.times) > MAX_PICTURES:
-        raise InputError(f"{len(shot.times)} pictures are more than {MAX_PICTURES}; lower --seconds or --fps")
     return shot
 
 
@@ -110,6 +108,8 @@ def _orbit(path: str, source: Source, wishes: Wishes) -> Shot:
     if path == "orbit-time":
         plays = max(1, round(seconds * source.fps / source.frames))
         count = max(1, round(plays * source.frames * fps / source.fps))
+    if count > MAX_PICTURES:
+        raise InputError(f"{count} pictures are more than {MAX_PICTURES}; lower --seconds or --fps")
     turn = 2 * np.pi * (wishes.turns or 1) * np.arange(count) / count
     if path == "turntable":
         azimuths, times = turn, np.full(count, still)
