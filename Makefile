@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser lint clean
+.PHONY: venv demo test test-browser test-dcc lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -25,6 +25,11 @@ test-browser: venv
 	D2_AXE="$$(ls $(CURDIR)/build/node/node_modules/axe-core/axe.min.js 2>/dev/null)" \
 	D2_TSC="$$(ls $(CURDIR)/build/node/node_modules/.bin/tsc 2>/dev/null)" \
 	$(BIN)/python -m pytest tests/viewer -m 'browser or not browser'
+
+# Exports drawn by renderers of other people.  Needs npm and chromium.
+test-dcc: venv
+	npm install --silent --no-audit --no-fund --prefix build/node three@0.187.0 @sparkjsdev/spark@2.2.0 playcanvas@2.23.3
+	D2_NODE_MODULES="$(CURDIR)/build/node/node_modules" $(BIN)/python -m pytest tests/dcc -m 'dcc or not dcc'
 
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv
