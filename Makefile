@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser test-ray test-nerfstudio lint clean
+.PHONY: venv demo test test-browser test-ray test-nerfstudio test-dcc lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -41,6 +41,11 @@ test-nerfstudio: .venv-nerfstudio/done
 		>"$$(.venv-nerfstudio/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/d2_packages.pth"
 	.venv-nerfstudio/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/nerf/requirements.txt
 	touch .venv-nerfstudio/done
+
+# Exports drawn by renderers of other people.  Needs npm and chromium.
+test-dcc: venv
+	npm install --silent --no-audit --no-fund --prefix build/node three@0.187.0 @sparkjsdev/spark@2.2.0 playcanvas@2.23.3
+	D2_NODE_MODULES="$(CURDIR)/build/node/node_modules" $(BIN)/python -m pytest tests/dcc -m 'dcc or not dcc'
 
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv

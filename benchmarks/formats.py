@@ -1,6 +1,6 @@
-"""Sizes and times of every splat format for 20,000 Gaussians and 25 frames.
+"""Sizes and times of every splat format and of the page for 20,000 Gaussians and 25 frames.
 
-    python benchmarks/formats.py [--count 20000] [--frames 25]
+    python benchmarks/formats.py [--count 20000] [--frames 25]   (SOG needs node and splat-transform)
 
 Writes benchmarks/results/formats.json.
 """
@@ -18,7 +18,7 @@ from d2 import fileio, machine
 from d2.recon.exports import export
 from d2.recon.gaussians import Gaussians4D
 
-FORMATS = ("ply", "spz", "splat", "glb", "usd", "usdz", "usd-points", "splatv", "4dgs")
+FORMATS = ("ply", "spz", "splat", "sog", "glb", "usd", "usdz", "usd-points", "splatv", "4dgs", "html")
 
 
 def main(count: int = 20_000, frames: int = 25) -> None:

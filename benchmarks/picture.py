@@ -21,7 +21,7 @@ import typer
 from PIL import Image
 
 from d2 import fileio
-from d2.recon import exports, render
+from d2.recon import drawing, exports
 
 SIZE = 320  # pixels of one picture
 ELEVATIONS_DEG = (10.0, 35.0)  # of the two pictures side by side
@@ -29,13 +29,13 @@ ELEVATIONS_DEG = (10.0, 35.0)  # of the two pictures side by side
 
 def main(run: Path, target: Path, beside: Path | None = None) -> None:
     source = exports.find(run)
-    times = render.loop_times(np.linspace(0, 1, source.frames), source.fps)
-    framed = render.framing(source.gaussians)
+    times = drawing.loop_times(np.linspace(0, 1, source.frames), source.fps)
+    framed = drawing.framing(source.gaussians)
     framed = framed._replace(
         radius=0.95 * framed.radius
     )  # of the sphere that holds the panda only its middle is filled
     clips: list[Iterable[np.ndarray]] = [
-        render.turntable(source.gaussians, times, SIZE, SIZE, elevation=math.radians(e), framed=framed)
+        drawing.turntable(source.gaussians, times, SIZE, SIZE, elevation=math.radians(e), framed=framed)
         for e in ELEVATIONS_DEG
     ]
     if beside is not None:  # the only input, still

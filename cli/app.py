@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import batch, bench, bring, convert, doctor, export, generate, info, reconstruct, run, train, view
+from d2.cli import batch, bench, bring, convert, doctor, export, generate, info, reconstruct, render, run, train, view
 from d2.errors import D2Error
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(reconstruct.reconstruct)
 app.command()(batch.batch)
 app.command("import")(bring.bring)
 app.command()(export.export)
+app.command()(render.render)
 app.command()(view.view)
 app.command()(convert.convert)
 app.command()(info.info)

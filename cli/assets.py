@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from d2.asset import Asset, Mesh
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats import ply
 
 HEADER = 1 << 16  # bytes of a PLY that are searched for the properties of Gaussians
@@ -33,7 +33,7 @@ class Splat:
         return means.clip(*np.quantile(means, [TAIL, 1 - TAIL], axis=0))
 
     def draw(self, c2w: np.ndarray, K: np.ndarray, size: int, turn: np.ndarray) -> np.ndarray:
-        (picture,) = render.render_views(self._gaussians, c2w[None], K, size, size, [0.0])
+        (picture,) = drawing.render_views(self._gaussians, c2w[None], K, size, size, [0.0])
         return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 

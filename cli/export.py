@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -15,11 +12,12 @@ from d2.errors import InputError
 if TYPE_CHECKING:
     from typing import Literal
 
-    from d2.recon.exports import Progress
     from d2.recon.formats.frames import Frame
 
 
-_FORMATS = "ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, nerfstudio, mp4, contact, html, web"
+_FORMATS = (
+    "ply, spz, splat, sog, glb, usd, usdz, usd-points, splatv, 4dgs, cameras, nerfstudio, mp4, contact, html, web"
+)
 
 
 def export(
@@ -50,6 +48,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
 ) -> None:
     """Write a reconstruction in the formats other programs open: splats, USD, a page, a turntable video."""
+    from d2.cli import bars
     from d2.recon.exports import export as export_asset
     from d2.recon.placement import Placement
 
@@ -59,7 +58,7 @@ def export(
             raise InputError(f"--frame {frame} is one moment; leave --time and --frames out")
         span, frame = (int(frame), int(frame) + 1), "rdf"
 
-    with _progress(sys.stderr.isatty() and not quiet and not as_json) as progress:
+    with bars.progress(quiet or as_json) as progress:
         written = export_asset(
             path, formats.split(","), out, fps=fps, frames=count, span=span, time=time, name=name,
             overwrite=overwrite, up=cast('Literal["y", "z"] | None', up),
@@ -84,24 +83,3 @@ def _frames(text: str | None) -> tuple[int | None, tuple[int, int] | None]:
         return (None, (int(first or 0), int(end))) if colon else (int(text), None)
     except ValueError as error:
         raise InputError(f"--frames must be a number or first:end, got {text!r}") from error
-
-
-@contextlib.contextmanager
-def _progress(visible: bool) -> Iterator[Progress]:
-    """Yields a callback that draws a bar a format, with the time left, on a terminal."""
-    if not visible:
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
-        yield report

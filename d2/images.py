@@ -1,16 +1,16 @@
-"""Decoding and encoding of images and videos, size-capped; arrays are uint8 [H, W, 4] straight alpha."""
+"""Decoding and encoding of images, size-capped; arrays are uint8 [H, W, 4] straight alpha."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from d2 import fileio
-from d2.errors import InputError, ResourceError, SetupError
+from d2.errors import InputError
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_FILE = 512 * fileio.MB
@@ -103,37 +103,3 @@ def resize_rgba(rgba: np.ndarray, width: int, height: int) -> np.ndarray:
         for k in range(4)
     ]
     return np.stack(planes, -1)
-
-
-def write_mp4(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> None:
-    """H.264, yuv420p, faststart, from uint8 [H, W, 3] frames (even sizes are padded to).
-
-    Raises SetupError where no ffmpeg is to be had.
-    """
-    try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError) as error:
-        raise SetupError("no ffmpeg for video; run: pip install 'imageio[ffmpeg]'") from error
-    with fileio.atomic_path(path) as temporary:
-        writer = None
-        try:
-            for frame in frames:
-                if writer is None:
-                    size = (frame.shape[1] + frame.shape[1] % 2, frame.shape[0] + frame.shape[0] % 2)
-                    writer = imageio_ffmpeg.write_frames(
-                        str(temporary), size, fps=fps, codec="libx264", quality=None, macro_block_size=1,  # pyright: ignore[reportArgumentType]
-                        ffmpeg_log_level="error", output_params=["-crf", "18", "-movflags", "+faststart"],
-                    )  # fmt: skip
-                    writer.send(None)
-                writer.send(np.ascontiguousarray(_pad_even(frame)))
-        finally:
-            if writer is not None:
-                writer.close()
-        if temporary.stat().st_size == 0:  # ffmpeg's last words are lost when it fails at the end
-            raise ResourceError(f"cannot write {fileio.quoted(path)}: ffmpeg wrote nothing")
-
-
-def _pad_even(frame: np.ndarray) -> np.ndarray:
-    return np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")

@@ -25,7 +25,9 @@ SYSTEM_LIBRARIES = {
     "libX11.so.6": "libx11-6",
     "libEGL.so.1": "libegl1",
 }
-EXTRAS = {"open3d": "mesh", "pxr": "usd", "fourdgs": "fourdgs", "nerfstudio": "nerfstudio", "ray": "ray"}
+EXTRAS = {
+    "open3d": "mesh", "pxr": "usd", "fourdgs": "fourdgs", "OpenEXR": "exr", "nerfstudio": "nerfstudio", "ray": "ray",
+}  # fmt: skip
 
 
 class Check(NamedTuple):

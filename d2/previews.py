@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from d2 import images
+from d2 import images, video
 from d2.errors import SetupError
 
 SHEET_CELL = 96  # pixels, side of a picture of the contact sheet
@@ -53,7 +53,7 @@ class Thumbnails:
         blank = np.full((across * down - views, frames, VIDEO_CELL, VIDEO_CELL, 3), 255, np.uint8)
         grid = np.concatenate([self.cells, blank]).reshape(down, across, *self.cells.shape[1:])
         try:
-            images.write_mp4(path, (tiled(grid[:, :, frame]) for frame in range(frames)), fps)
+            video.write(path, (tiled(grid[:, :, frame]) for frame in range(frames)), fps)
         except SetupError as error:
             notice(f"Warning: no preview.mp4: {error}")
 

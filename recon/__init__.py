@@ -1,4 +1,4 @@
-"""Stage 2: 4D Gaussians from multi-view video.  `reconstruct` and `export` are the whole of it in two calls."""
+"""Stage 2: 4D Gaussians from multi-view video.  `reconstruct`, `export` and `render` are the whole of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from d2.recon.exports import export
+    from d2.recon.film import render
     from d2.recon.pipeline import reconstruct
 
 # Idle OpenMP threads sleep instead of spinning: read when the runtime loads, so set before torch or numba does.
@@ -15,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # numba's OpenMP layer first: beside Open3D, which brings an old TBB, numba warns when it looks at TBB first.
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
-__all__ = ["export", "reconstruct"]
-_HOME = {"export": "d2.recon.exports", "reconstruct": "d2.recon.pipeline"}
+__all__ = ["export", "reconstruct", "render"]
+_HOME = {"export": "d2.recon.exports", "reconstruct": "d2.recon.pipeline", "render": "d2.recon.film"}
 
 
 def __getattr__(name: str) -> Any:

@@ -119,8 +119,8 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
     `time` anywhere means a static scene.  Raises InputError that names the frame and what is wrong with it.
     """
     file, meta, entries = _entries(path, split)
-    poses = np.stack([_pose(entry, k, file) for k, entry in enumerate(entries)])
-    times = _times(entries, file)
+    poses = np.stack([read_pose(entry, k, file) for k, entry in enumerate(entries)])
+    times = read_times(entries, file)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         cells = list(pool.map(lambda item: _cell(file, item[0], item[1], meta, size), enumerate(entries)))
     sizes = {cell.rgba.shape for cell in cells}
@@ -138,7 +138,7 @@ def load(path: str | Path, split: str = "train", size: int | None = None) -> Dat
         viewmats=torch.from_numpy(camera.viewmats(poses)).float(),
         Ks=torch.from_numpy(np.stack([cell.K for cell in cells])).float(),
         times=torch.tensor(times, dtype=torch.float32),
-        views=_view_ids(poses),
+        views=view_ids(poses),
         has_alpha=has_alpha,
         background=torch.ones(3) if has_alpha else border,
         plain_background=is_plain,
@@ -162,12 +162,12 @@ def shots(path: str | Path, split: str = "train") -> list[Shot]:
     """Every image of a dataset with its camera and moment, as `load` reads them. Raises InputError as it does."""
     file, meta, entries = _entries(path, split)
     found = []
-    for k, (entry, time) in enumerate(zip(entries, _times(entries, file), strict=True)):
+    for k, (entry, time) in enumerate(zip(entries, read_times(entries, file), strict=True)):
         image = _image_path(file, k, entry)
         width, height = images.read_size(image)
-        K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
+        K = read_intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
         mask = _resolve(file, k, entry, "mask_path") if "mask_path" in entry else None
-        found.append(Shot(image, mask, _pose(entry, k, file), K, width, height, time))
+        found.append(Shot(image, mask, read_pose(entry, k, file), K, width, height, time))
     return found
 
 
@@ -179,7 +179,7 @@ def _entries(path: str | Path, split: str) -> tuple[Path, dict[str, Any], list[d
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise InputError(f"{fileio.quoted(file)}: expected a list of frames, found none")
     for part in (meta, *entries):
-        _refuse_distortion(part, file)
+        refuse_distortion(part, file)
     return file, meta, entries
 
 
@@ -200,7 +200,7 @@ def _cell(file: Path, k: int, entry: dict[str, Any], meta: dict[str, Any], size:
     path = _image_path(file, k, entry)
     rgba, has_alpha = images.read_rgba(path)
     height, width = rgba.shape[:2]
-    K = _intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
+    K = read_intrinsics(entry, meta, width, height, f"{fileio.quoted(file)}: frame {k}")
     if "mask_path" in entry:
         rgba, has_alpha = _with_mask(rgba, _resolve(file, k, entry, "mask_path")), True
     scale = 1.0 if size is None else size / max(width, height)
@@ -238,7 +238,7 @@ def _with_mask(rgba: np.ndarray, path: Path) -> np.ndarray:
     return np.dstack([rgba[..., :3], mask])
 
 
-def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height: int, where: str) -> np.ndarray:
+def read_intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height: int, where: str) -> np.ndarray:
     """K for the image as stored: from fl_x fl_y cx cy (frame before file), else from camera_angle_x."""
 
     def get(key: str) -> float | None:
@@ -264,7 +264,7 @@ def _intrinsics(entry: dict[str, Any], meta: dict[str, Any], width: int, height:
     return camera.intrinsics(fx * sx, fy * sy, (get("cx") or w / 2) * sx, (get("cy") or h / 2) * sy)
 
 
-def _refuse_distortion(meta: dict[str, Any], file: Path) -> None:
+def refuse_distortion(meta: dict[str, Any], file: Path) -> None:
     if str(meta.get("camera_model", "OPENCV")).upper() not in (
         "OPENCV",
         "PINHOLE",
@@ -278,7 +278,7 @@ def _refuse_distortion(meta: dict[str, Any], file: Path) -> None:
             raise InputError(f"{fileio.quoted(file)}: lens distortion {key} = {value!r}; undistort the images first")
 
 
-def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
+def read_pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
     """c2w [4, 4], checked rigid."""
     where = f"{fileio.quoted(file)}: frame {k}"
     try:
@@ -299,7 +299,7 @@ def _pose(entry: dict[str, Any], k: int, file: Path) -> np.ndarray:
     return matrix
 
 
-def _times(entries: list[dict[str, Any]], file: Path) -> list[float]:
+def read_times(entries: list[dict[str, Any]], file: Path) -> list[float]:
     if all("time" not in entry for entry in entries):
         return [0.0] * len(entries)
     times = []
@@ -311,7 +311,7 @@ def _times(entries: list[dict[str, Any]], file: Path) -> list[float]:
     return times
 
 
-def _view_ids(poses: np.ndarray) -> Tensor:
+def view_ids(poses: np.ndarray) -> Tensor:
     """Numbers the different poses in order of first appearance."""
     ids: dict[bytes, int] = {}
     rounded = np.round(poses, 6) + 0.0  # -0.0 and 0.0 are one pose

@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from d2 import fileio, images
-from d2.errors import ConflictError, InputError
-from d2.recon import render
-from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
+from d2 import fileio, images, video
+from d2.errors import InputError
+from d2.recon import cameras, drawing, handout, targets
+from d2.recon.formats import fourdgs, glb, ply, sequence, sog, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.nerf import views as nerf
 from d2.recon.nerf.checkpoints import write_checkpoint
 from d2.recon.placement import Placement, place
-from d2.recon.sources import DEFAULT_FPS, DEFAULT_FRAMES, Source, check_playback, find
+from d2.recon.sources import Source, check_playback, find, in_memory
 from d2.recon.viewer.write import write_html, write_web
 from d2.run import Run, frame_time
 
@@ -47,6 +47,7 @@ class Clip:
     length: int  # frames of the whole clip
     folder: Path | None = None  # of the reconstruction
     run: Run | None = None
+    tracks: Sequence[cameras.Track] = ()  # the input's, placed as the Gaussians are
 
 
 def export(
@@ -72,9 +73,10 @@ def export(
 
     `source` is a run folder (its newest reconstruction), a reconstruction's folder, its
     gaussians.safetensors or the Gaussians themselves (then `out` is needed).  `out` is by default the folder
-    `export` beside them.  Formats without motion (ply, spz, splat, glb) become a folder each with
-    `<name>_0001.ply` … and frames.json; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
-    then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).
+    `export` beside them.  Formats without motion (ply, spz, splat, sog, glb) become a folder each with
+    `<name>_0001.ply` …, frames.json and README.txt; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
+    then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site);
+    `cameras/` holds the input's cameras as USD and GLB, to match its plates.  README.txt says how programs open it.
     nerfstudio is a folder with a checkpoint of its method d2-4dgs; for one moment nerfstudio_moment, a dataset for its
     static methods: the run's own pictures of that moment, or views that the model draws where the run holds none.
     `fps` and `frames` are by default what the run or the file says, else 24 and 25;
@@ -91,24 +93,42 @@ def export(
     _check_ranges(time, size, span, up)
     axes: Frame | None = None if up is None else "world" if up == "z" else "rub"
     layout = ply.Layout(axes or frame, pad_sh3, prune_opacity)
-    found = _in_memory(source) if isinstance(source, Gaussians4D) else find(source)
-    folder = _output_folder(out, found)
+    found = in_memory(source) if isinstance(source, Gaussians4D) else find(source)
+    folder = targets.folder(out, found.folder, "export")
     count = frames or found.frames
     if len(found.gaussians) == 0:
         raise InputError("nothing to export: there are no Gaussians")
     times = _moments(time, count, span)
+    placed, moved = place(found.gaussians, times, placement)
     clip = Clip(
-        place(found.gaussians, times, placement), found.name if name is None else name, times, fps or found.fps,
+        placed, found.name if name is None else name, times, fps or found.fps,
         layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
+        tracks=[track.moved(moved) for track in _tracks(wanted, found)],
     )  # fmt: skip
     sequence.check_name(clip.name)
-    targets = {what: folder / file_name(what, clip) for what in wanted}
-    for target in targets.values():
-        _check_free(target, overwrite)
+    if "sog" in wanted:
+        sog.command()
+    outputs = {what: folder / file_name(what, clip) for what in wanted}
+    for target in outputs.values():
+        targets.check_free(target, overwrite)
     fileio.require_space(folder, _least_bytes(wanted, clip))
-    for what, target in targets.items():
+    for what, target in outputs.items():
         FORMATS[what](clip, target)
-    return targets
+    _write_readme(clip, folder, wanted)
+    return outputs
+
+
+def _tracks(wanted: Sequence[str], found: Source) -> list[cameras.Track]:
+    """The cameras of the input, where they are wanted."""
+    return cameras.tracks(cameras.load(found.folder)) if "cameras" in wanted else []
+
+
+def _write_readme(clip: Clip, folder: Path, wanted: Sequence[str]) -> None:
+    """README.txt about the single files of this call; sequences have their own, and nobody else's is replaced."""
+    single = [what for what in wanted if what in handout.FORMATS and (clip.still or what not in MOMENTS)]
+    target = folder / handout.FILE
+    if single and (not os.path.lexists(target) or target.read_bytes().startswith(handout.MARK.encode())):
+        fileio.atomic_write(target, handout.text(single, clip).encode())
 
 
 def _beside(found: Source, placement: Placement) -> tuple[Path | None, Run | None]:
@@ -131,6 +151,7 @@ def file_name(what: str, clip: Clip) -> str:
         "mp4": "turntable.mp4",
         "contact": "contact.png",
         "web": "web/index.html",
+        "cameras": "cameras/cameras.usda",
         "usd-points": f"{clip.name}_points.usd",
         "nerfstudio": "nerfstudio" if len(clip.times) > 1 else "nerfstudio_moment",
     }
@@ -152,6 +173,8 @@ def write_moments(clip: Clip, target: Path, what: str) -> None:
                 return spz.encode(moment, clip.frame or "rub")
             case "splat":
                 return splat.encode(moment, clip.frame or frame)
+            case "sog":
+                return sog.encode(moment, clip.layout)
             case _:
                 return glb.encode(moment)
 
@@ -161,7 +184,7 @@ def write_moments(clip: Clip, target: Path, what: str) -> None:
         return
     sequence.write(
         encode, target, clip.name, f".{what}", clip.times, clip.fps, overwrite=clip.overwrite,
-        progress=lambda done, total: clip.progress(what, done, total),
+        beside=handout.beside(what, clip), progress=lambda done, total: clip.progress(what, done, total),
     )  # fmt: skip
 
 
@@ -171,6 +194,14 @@ def write_usd(clip: Clip, target: Path, what: str = "usd") -> None:
         clip.gaussians, target, clip.times, clip.fps, up="z" if clip.frame == "world" else "y", name=clip.name,
         points=what == "usd-points", progress=lambda done, total: clip.progress(what, done, total),
     )  # fmt: skip
+
+
+def write_cameras(clip: Clip, target: Path) -> None:
+    """USD, and GLB beside it."""
+    during = [track.during(clip.times) for track in clip.tracks]
+    usd.write_cameras(during, target, clip.times, clip.fps, up="z" if clip.frame == "world" else "y")
+    fileio.atomic_write(target.with_suffix(".glb"), glb.encode_cameras(during, clip.times, clip.fps))
+    clip.progress("cameras", 1, 1)
 
 
 def write_splatv(clip: Clip, target: Path) -> None:
@@ -187,15 +218,15 @@ def write_4dgs(clip: Clip, target: Path) -> None:
 
 def write_turntable(clip: Clip, target: Path) -> None:
     """One turn of the camera over whole plays of the clip, on white."""
-    times = render.loop_times(clip.times, clip.fps)
-    pictures = render.turntable(clip.gaussians, times, clip.size, clip.size)
-    images.write_mp4(target, _counted(pictures, len(times), clip.progress), clip.fps)
+    times = drawing.loop_times(clip.times, clip.fps)
+    pictures = drawing.turntable(clip.gaussians, times, clip.size, clip.size)
+    video.write(target, _counted(pictures, len(times), clip.progress), clip.fps)
 
 
 def write_contact(clip: Clip, target: Path) -> None:
     """Four sides at up to six moments."""
     columns = np.unique(np.linspace(0, len(clip.times) - 1, CONTACT_COLUMNS).round().astype(int))
-    sheet = render.contact_sheet(
+    sheet = drawing.contact_sheet(
         clip.gaussians,
         clip.times[columns],
         progress=lambda done, total: clip.progress("contact", done, total),
@@ -222,10 +253,17 @@ def write_nerfstudio(clip: Clip, target: Path) -> None:
     clip.progress("nerfstudio", 1, 1)
 
 
-MOMENTS = {"ply": 68, "spz": 20, "splat": 32, "glb": 88}  # formats without motion: bytes a Gaussian at degree 0
+MOMENTS = {
+    "ply": 68,
+    "spz": 20,
+    "splat": 32,
+    "sog": 16,
+    "glb": 88,
+}  # formats without motion: bytes a Gaussian at degree 0
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
     **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},
+    "cameras": write_cameras,
     "splatv": write_splatv,
     "4dgs": write_4dgs,
     "nerfstudio": write_nerfstudio,
@@ -243,36 +281,6 @@ def _counted(pictures: Iterator[np.ndarray], total: int, progress: Progress) -> 
 
 
 # -- what to read and where to write ---------------------------------------------------------------------
-
-
-def _in_memory(gaussians: Gaussians4D) -> Source:
-    return Source(gaussians, None, "asset", DEFAULT_FPS, DEFAULT_FRAMES)
-
-
-def _output_folder(out: str | Path | None, found: Source) -> Path:
-    """Where to write; that it can be written to is known before any work."""
-    if out is None and found.folder is None:
-        raise InputError("Gaussians in memory have no folder of their own; pass out=…")
-    if out is not None and str(out) in ("", "-"):
-        raise InputError(f"--out must be a folder, got {str(out)!r}")
-    folder = Path(out) if out is not None else Path(found.folder or ".") / "export"
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{fileio.quoted(existing)} is a file; exports go into a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{fileio.quoted(existing)} cannot be written to; choose another --out")
-    return folder
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if target.suffix == "":
-        sequence.check_replaceable(target, overwrite)
-    elif target.is_dir():
-        raise InputError(f"{fileio.quoted(target)} is a folder; choose another --out")
-    elif os.path.lexists(target) and not overwrite:
-        raise ConflictError(f"{fileio.quoted(target)} exists; pass --overwrite or choose another --out")
 
 
 def _known(formats: Sequence[str]) -> list[str]:

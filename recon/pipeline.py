@@ -17,7 +17,7 @@ import torch
 from d2 import config as configuration
 from d2 import fileio, machine
 from d2.errors import ConflictError, InputError, Stopped
-from d2.recon import checkpoint, dataset, metrics_log, rig, train
+from d2.recon import cameras, checkpoint, dataset, metrics_log, rig, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.raster import choose_backend
 from d2.recon.viewer import reference
@@ -157,6 +157,7 @@ class _Job:
             self._settle_rig(afresh=resumed is None)
         state = resumed or self._start()
         reference.save(self.folder, self.data)
+        cameras.save(self.folder, self.data)
         data = self.data.to(self.device)
         train.fit(state, data, self.settings, self._after_step)
         metadata = {"fps": f"{self.run.fps:g}", "frames": str(data.frames)}

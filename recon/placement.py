@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from d2.errors import InputError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats.frames import move
 from d2.recon.gaussians import Gaussians4D
 
@@ -35,23 +36,39 @@ class Placement:
             raise InputError(f"forward must be one of {', '.join(FORWARD)}, got {self.forward!r}")
 
 
+class Similarity(NamedTuple):
+    """p' = scale rotation p + offset."""
+
+    rotation: np.ndarray  # [3, 3]
+    scale: float
+    offset: np.ndarray  # [3] world
+
+    def poses(self, c2w: np.ndarray) -> np.ndarray:  # [n, 4, 4] both
+        """Cameras that see the placed asset as those of `c2w` saw it before."""
+        moved = c2w.copy()
+        moved[:, :3, :3] = self.rotation @ c2w[:, :3, :3]
+        moved[:, :3, 3] = self.scale * c2w[:, :3, 3] @ self.rotation.T + self.offset
+        return moved
+
+
 def place(
     gaussians: Gaussians4D,
     times: Sequence[float] | np.ndarray,  # [F] in 0..1, over which size and ground are measured
     placement: Placement,
-) -> Gaussians4D:
-    """The asset as every format writes it; floaters don't count for its size (`render.bounds`)."""
+) -> tuple[Gaussians4D, Similarity]:
+    """The asset as every format writes it, and how it got there; floaters don't count for its size
+    (`drawing.bounds`)."""
     if placement == Placement():
-        return gaussians
+        return gaussians, Similarity(np.eye(3), 1.0, np.zeros(3))
     turn = math.pi / 2 * FORWARD[placement.forward]
     c, s = round(math.cos(turn)), round(math.sin(turn))
     R = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
     turned = move(gaussians, R)
-    low, high = render.bounds(turned, times)
+    low, high = drawing.bounds(turned, times)
     scale = 1.0 if placement.height is None else placement.height / max(float(high[2] - low[2]), 1e-9)
     origin = 0.5 * (low + high)
     if placement.pivot == "ground":
         origin[2] = low[2]
     elif placement.pivot == "none":
         origin[:] = 0
-    return move(turned, np.eye(3), scale, -scale * origin)
+    return move(turned, np.eye(3), scale, -scale * origin), Similarity(R, scale, -scale * origin)

@@ -45,6 +45,11 @@ def find(path: str | Path) -> Source:
     return Source(gaussians, file.parent, _as_name(file.parent), fps, int(frames), run)
 
 
+def in_memory(gaussians: Gaussians4D) -> Source:
+    """Gaussians that no file holds, at the usual rate and length."""
+    return Source(gaussians, None, "asset", DEFAULT_FPS, DEFAULT_FRAMES)
+
+
 def check_playback(fps: float | None, frames: float | None) -> None:
     """Raises InputError for a rate or a length that nothing plays at; None is unset."""
     if fps is not None and not 0 < fps <= 1000:

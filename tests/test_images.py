@@ -3,13 +3,12 @@ import random
 import struct
 import zlib
 
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 from PIL import Image
 
 from d2 import images
-from d2.errors import InputError, ResourceError
+from d2.errors import InputError
 
 
 def saved(path, image: Image.Image, format: str | None = None, **options):
@@ -137,32 +136,3 @@ def test_resize_to_the_same_size_only_premultiplies():
 
 def test_float_pictures_are_rounded_and_clipped():
     assert images.to_uint8(np.array([-1, 0, 0.5, 1, 2, 0.0019, 0.002])).tolist() == [0, 0, 128, 255, 255, 0, 1]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # imageio's reader leaves pipes open
-@pytest.mark.parametrize(("width", "height"), [(32, 24), (33, 25)])
-def test_video_decodes_with_the_right_size_count_and_colour(tmp_path, width, height):
-    frames = [np.full((height, width, 3), (250, 20 * k, 10), np.uint8) for k in range(6)]
-    images.write_mp4(tmp_path / "a.mp4", iter(frames), fps=12)
-    decoded = imageio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
-    assert decoded.shape == (6, height + height % 2, width + width % 2, 3)
-    assert np.abs(decoded[:, :height, :width].astype(int) - np.stack(frames)).mean() < 6
-    assert imageio.immeta(tmp_path / "a.mp4", plugin="FFMPEG")["fps"] == 12
-
-
-def test_a_frame_that_fails_leaves_the_old_video(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"old")
-
-    def frames():
-        yield np.zeros((16, 16, 3), np.uint8)
-        raise InputError("frame 1 is damaged")
-
-    with pytest.raises(InputError, match="frame 1 is damaged"):
-        images.write_mp4(tmp_path / "a.mp4", frames(), 12)
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.mp4", b"old")]
-
-
-def test_an_encoder_that_writes_nothing_is_no_success(tmp_path):
-    with pytest.raises(ResourceError, match="ffmpeg wrote nothing"):
-        images.write_mp4(tmp_path / "a.mp4", iter([]), 12)
-    assert list(tmp_path.iterdir()) == []

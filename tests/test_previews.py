@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from d2 import video
 from d2.errors import SetupError
 from d2.previews import Thumbnails, alpha_from_white, connected_to_border
 
@@ -49,12 +50,11 @@ def test_background_is_followed_round_corners():
 
 
 def test_without_ffmpeg_there_is_a_warning_and_no_video(tmp_path, monkeypatch):
-    from d2 import images
 
     def refuse(*args):
         raise SetupError("no ffmpeg for video")
 
-    monkeypatch.setattr(images, "write_mp4", refuse)
+    monkeypatch.setattr(video, "write", refuse)
     told = []
     Thumbnails(3, 2).write_video(tmp_path / "preview.mp4", 6.0, told.append)
     assert "no ffmpeg" in told[0]

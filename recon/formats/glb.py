@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from d2 import __version__, fileio
 from d2.errors import InputError
+from d2.recon.cameras import Track
 from d2.recon.formats import values
-from d2.recon.formats.frames import from_frame, to_frame
+from d2.recon.formats.frames import FROM_WORLD, from_frame, to_frame
 from d2.recon.formats.values import Values
-from d2.recon.gaussians import MAX_GAUSSIANS, Gaussians3D
+from d2.recon.gaussians import MAX_GAUSSIANS, Gaussians3D, quaternions
 from d2.recon.raster import sh as spherical
 
 EXTENSION = "KHR_gaussian_splatting"
@@ -72,6 +75,68 @@ def encode(gaussians: Gaussians3D) -> bytes:
         "buffers": [{"byteLength": offset}],
     }
     return pack(document, b"".join(array.tobytes() for array in columns.values()))
+
+
+def encode_cameras(
+    tracks: Sequence[Track],
+    times: np.ndarray,  # [F] in 0..1 of the clip
+    fps: float,
+) -> bytes:
+    """A GLB of perspective cameras; a moving one is animated, frame k of the clip at k / fps seconds.
+
+    glTF knows no lens shift and no zoom: a principal point beside the middle is left out, and the first focal
+    length holds.
+    """
+    rotation, binary = FROM_WORLD["rub"], b""
+    document: dict[str, Any] = {
+        "asset": {"version": "2.0", "generator": f"d2 {__version__}"},
+        "scene": 0, "scenes": [{"nodes": list(range(len(tracks)))}], "nodes": [], "cameras": [],
+    }  # fmt: skip
+    for track in tracks:
+        K, poses = track.Ks[0], track.turned(rotation)
+        near = 0.001 * float(np.linalg.norm(poses[:, :3, 3], axis=1).max())
+        lens = {"yfov": 2 * math.atan(0.5 * track.height / K[1, 1]), "znear": near}
+        lens["aspectRatio"] = track.width * K[1, 1] / (track.height * K[0, 0])
+        quats = quaternions(torch.as_tensor(poses[:, :3, :3])).numpy()[:, [1, 2, 3, 0]]
+        node = {"camera": len(document["cameras"]), "name": track.name}
+        node |= {"translation": poses[0, :3, 3].tolist(), "rotation": quats[0].tolist()}
+        document["cameras"].append({"type": "perspective", "name": track.name, "perspective": lens})
+        document["nodes"].append(node)
+        if len(poses) > 1:
+            flips = np.where((quats[1:] * quats[:-1]).sum(1) < 0, -1.0, 1.0).cumprod()  # the short way round
+            quats[1:] *= flips[:, None]
+            arrays = {
+                "SCALAR": np.interp(track.times, times, range(len(times))) / fps,
+                "VEC3": poses[:, :3, 3],
+                "VEC4": quats,
+            }
+            binary += _animation(document, len(document["nodes"]) - 1, arrays, len(binary))
+    if binary:
+        document["buffers"] = [{"byteLength": len(binary)}]
+    return pack(document, binary)
+
+
+def _animation(document: dict[str, Any], node: int, arrays: dict[str, np.ndarray], start: int) -> bytes:
+    """Adds the animation of a node: seconds, translations and rotations, whose bytes it returns."""
+    views, accessors = document.setdefault("bufferViews", []), document.setdefault("accessors", [])
+    first, data = len(accessors), b""
+    for kind, array in arrays.items():
+        content = np.ascontiguousarray(array, "<f4")
+        views.append({"buffer": 0, "byteOffset": start + len(data), "byteLength": content.nbytes})
+        accessors.append({"bufferView": len(views) - 1, "componentType": _FLOAT, "count": len(content), "type": kind})
+        data += content.tobytes()
+    accessors[first] |= {"min": [float(np.float32(arrays["SCALAR"].min()))]}
+    accessors[first] |= {"max": [float(np.float32(arrays["SCALAR"].max()))]}
+    document.setdefault("animations", []).append(
+        {
+            "samplers": [{"input": first, "output": first + 1}, {"input": first, "output": first + 2}],
+            "channels": [
+                {"sampler": 0, "target": {"node": node, "path": "translation"}},
+                {"sampler": 1, "target": {"node": node, "path": "rotation"}},
+            ],
+        }
+    )
+    return data
 
 
 def pack(document: dict[str, Any], binary: bytes) -> bytes:

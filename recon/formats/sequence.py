@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,20 +36,44 @@ def write(
 
     Raises ConflictError when `folder` exists and is not to be overwritten, or was not written by this function.
     """
+    _check_clip(times, fps)
+    with writing(folder, name, suffix, len(times), fps, overwrite=overwrite, beside=beside) as add:
+        for index, time in enumerate(times):
+            add(encode(float(time)), float(time))
+            progress(index + 1, len(times))
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | Path,
+    name: str,
+    suffix: str,
+    count: int,
+    fps: float,
+    *,
+    overwrite: bool = False,
+    beside: dict[str, bytes] | None = None,
+    about: dict[str, Any] | None = None,
+) -> Iterator[Callable[[bytes, float], None]]:
+    """Yields what takes the content and the time of one file after the other; like `write`, whole or not at all.
+
+    `about` is told in frames.json besides the rate and the files.
+    """
     folder = Path(folder)
     check_name(name)
-    _check_clip(times, fps)
-    entries = []
+    entries: list[dict[str, Any]] = []
     with replacing(folder, overwrite) as temporary:
-        for index, time in enumerate(times):
-            file = file_name(name, suffix, index, len(times))
-            fileio.atomic_write(temporary / file, encode(float(time)))
-            entries.append({"file": file, "time": float(time)})
-            progress(index + 1, len(times))
+
+        def add(content: bytes, time: float) -> None:
+            file = file_name(name, suffix, len(entries), count)
+            fileio.atomic_write(temporary / file, content)
+            entries.append({"file": file, "time": time})
+
+        yield add
         for file, content in (beside or {}).items():
             fileio.atomic_write(temporary / file, content)
-        fileio.write_json(temporary / MANIFEST, {"fps": fps, "frames": entries})
-    return folder
+        fileio.write_json(temporary / MANIFEST, {"fps": fps, **(about or {}), "frames": entries})
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from d2 import fileio, machine
 from d2.errors import InputError, SetupError
+from d2.recon.cameras import Track
 from d2.recon.formats import values
 from d2.recon.formats.frames import FROM_WORLD, from_frame, move
 from d2.recon.formats.values import Values
@@ -24,6 +25,7 @@ Up = Literal["y", "z"]
 FIRST_FRAME = 1  # the time code of the first sample, as PLY sequences count
 _FRAMES = {"y": "rub", "z": "world"}
 _EXTENT_SIGMAS = 3.0
+_FILM = 0.36  # width of a camera's film, in tenths of a metre: 36 mm
 
 
 def write(
@@ -51,6 +53,54 @@ def write(
             _package(stage, temporary, name)
         elif not stage.GetRootLayer().Export(str(temporary)):
             raise OSError("usd-core could not write it")
+
+
+def write_cameras(
+    tracks: Sequence[Track],
+    path: str | Path,  # .usd, .usdc or .usda
+    times: np.ndarray,  # [F] in 0..1 of the clip
+    fps: float,
+    *,
+    up: Up = "y",
+) -> None:
+    """Cameras on 36 mm of film in a scene of metres, whole or not at all; a moving one has a sample a frame.
+
+    Frame k of the clip is time code k + 1, as in `write`.  Raises SetupError without usd-core.
+    """
+    pxr = _pxr()
+    stage = _stage(times, fps, up)
+    root = _root(stage, "cameras")
+    for track in tracks:
+        prim = pxr.UsdGeom.Camera.Define(stage, f"{root}/{track.name}")
+        place = prim.AddTransformOp()
+        moving = len(track.c2w) > 1
+        for pose, K, time in zip(track.turned(FROM_WORLD[_FRAMES[up]]), track.Ks, track.times, strict=True):
+            code = (
+                FIRST_FRAME + float(np.interp(time, times, range(len(times)))) if moving else pxr.Usd.TimeCode.Default()
+            )
+            place.Set(pxr.Gf.Matrix4d(pose.T.tolist()), code)  # row vectors
+            for attribute, value in _lens(prim, K, track.width, track.height).items():
+                if attribute.Get(code) != value:
+                    attribute.Set(value, code)
+        away = float(np.linalg.norm(track.c2w[:, :3, 3], axis=1).max())
+        prim.CreateClippingRangeAttr(pxr.Gf.Vec2f(0.001 * away, 100 * away))
+    with fileio.atomic_path(path) as temporary:
+        if not stage.GetRootLayer().Export(str(temporary)):
+            raise OSError("usd-core could not write it")
+
+
+def _lens(camera: Any, K: np.ndarray, width: int, height: int) -> dict[Any, float]:
+    """Focal length and film of a pinhole; USD counts them in tenths of a unit, here of a metre."""
+    pixel = _FILM / width  # width of one on the film
+    focal = float(K[0, 0]) * pixel
+    tall = focal * height / float(K[1, 1])
+    return {
+        camera.CreateFocalLengthAttr(): focal,
+        camera.CreateHorizontalApertureAttr(): _FILM,
+        camera.CreateVerticalApertureAttr(): tall,
+        camera.CreateHorizontalApertureOffsetAttr(): (0.5 * width - float(K[0, 2])) * pixel,
+        camera.CreateVerticalApertureOffsetAttr(): (float(K[1, 2]) - 0.5 * height) * tall / height,
+    }
 
 
 def read(path: str | Path, frame: float | None = None) -> Gaussians3D:

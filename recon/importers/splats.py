@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2 import camera, fileio, images, inputs
 from d2.errors import InputError, ResourceError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats import ply, sequence
 from d2.recon.gaussians import OPACITY_LOGIT_LIMIT, STILL_LOG_DURATION, Gaussians3D, Gaussians4D
 from d2.recon.importers.pictures import Matrix, Picture
@@ -127,7 +127,7 @@ def drawn(given: Sequence4D) -> Matrix:
 
 
 def _draw(moment: Gaussians3D, c2w: np.ndarray, K: np.ndarray) -> np.ndarray:
-    (picture,) = render.render_views(moment, c2w[None], K, DRAWN_SIZE, DRAWN_SIZE, [0.0])
+    (picture,) = drawing.render_views(moment, c2w[None], K, DRAWN_SIZE, DRAWN_SIZE, [0.0])
     return images.to_uint8(picture)
 
 

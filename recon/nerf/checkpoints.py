@@ -12,7 +12,7 @@ import torch
 
 from d2 import fileio
 from d2.errors import ConflictError, InputError
-from d2.recon import checkpoint, render, train
+from d2.recon import checkpoint, drawing, train
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.sources import DEFAULT_FPS, GAUSSIANS, STAGE_PREFIX
 from d2.run import Run, is_run
@@ -89,7 +89,7 @@ def write_checkpoint(gaussians: Gaussians4D, metadata: dict[str, str], folder: P
 
 def _ckpt(gaussians: Gaussians4D) -> bytes:
     """What nerfstudio loads: plain tensors and text, so that torch reads it with weights_only."""
-    state = train.state_of(gaussians, render.framing(gaussians).radius)
+    state = train.state_of(gaussians, drawing.framing(gaussians).radius)
     tensors, text = checkpoint.packed(state, {})
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     pipeline = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from d2 import fileio, images
-from d2.recon import dataset, render
+from d2.recon import dataset, drawing
 from d2.recon.dataset import Shot
 from d2.recon.gaussians import Gaussians4D
 from d2.run import TRANSFORMS, Run
@@ -35,16 +35,16 @@ def write_drawn_moment(gaussians: Gaussians4D, time: float, folder: Path) -> Non
 
 def write_drawn_clip(gaussians: Gaussians4D, folder: Path) -> None:
     """One turn around the model while time runs from 0 to 1, with its cameras, into `folder`."""
-    _draw(gaussians, np.full(VIEWS, render.DEFAULT_ELEVATION), np.linspace(0, 1, VIEWS), folder, moving=True)
+    _draw(gaussians, np.full(VIEWS, drawing.DEFAULT_ELEVATION), np.linspace(0, 1, VIEWS), folder, moving=True)
 
 
 def _draw(gaussians: Gaussians4D, elevations: np.ndarray, times: np.ndarray, folder: Path, moving: bool) -> None:
-    center, radius = render.framing(gaussians)
-    rig = render.orbit_rig(radius, 2 * np.pi * np.arange(len(times)) / VIEWS, SIZE, SIZE)
+    center, radius = drawing.framing(gaussians)
+    rig = drawing.orbit_rig(radius, 2 * np.pi * np.arange(len(times)) / VIEWS, SIZE, SIZE)
     c2w = replace(rig, elevation=elevations).c2w
     c2w[:, :3, 3] += center
     shots = [Shot(Path(f"{k}.png"), None, c2w[k], rig.K, SIZE, SIZE, float(times[k])) for k in range(len(times))]
-    pictures = render.render_views(gaussians, c2w, rig.K, SIZE, SIZE, times)
+    pictures = drawing.render_views(gaussians, c2w, rig.K, SIZE, SIZE, times)
     _write(folder, shots, (images.png_bytes(images.to_uint8(picture)) for picture in pictures), moving)
 
 

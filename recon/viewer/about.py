@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from d2 import __version__, images
-from d2.recon import metrics_log, render
+from d2.recon import drawing, metrics_log
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.viewer import reference
 from d2.run import Run
@@ -59,11 +59,11 @@ def without_model(name: str, fps: float, frames: int, home: dict[str, Any]) -> d
 
 def poster(gaussians: Gaussians4D, home: dict[str, Any]) -> str:
     """The first moment from the first place, as the address of a small transparent picture."""
-    rig = render.orbit_rig(1.0, np.array([math.radians(home["az"])]), POSTER_SIZE, POSTER_SIZE,
+    rig = drawing.orbit_rig(1.0, np.array([math.radians(home["az"])]), POSTER_SIZE, POSTER_SIZE,
                            math.radians(home["el"]), math.radians(home["fov"]))  # fmt: skip
     c2w = rig.c2w
     c2w[:, :3, 3] = np.asarray(home["target"]) + c2w[:, :3, 2] * home["radius"]
-    (picture,) = render.render_views(gaussians, c2w, rig.K, POSTER_SIZE, POSTER_SIZE, [0.0])
+    (picture,) = drawing.render_views(gaussians, c2w, rig.K, POSTER_SIZE, POSTER_SIZE, [0.0])
     return _address(reference.webp(images.to_uint8(picture)))
 
 
@@ -85,17 +85,17 @@ def _clip(fps: float, frames: int) -> dict[str, Any]:
 
 def _home(gaussians: Gaussians4D, source: dict[str, Any] | None) -> dict[str, Any]:
     """From the front, so far away that the whole object is seen at every moment."""
-    elevation = math.radians(source["el"]) if source else render.DEFAULT_ELEVATION
-    return _fitted(gaussians, render.framing(gaussians).center, elevation)
+    elevation = math.radians(source["el"]) if source else drawing.DEFAULT_ELEVATION
+    return _fitted(gaussians, drawing.framing(gaussians).center, elevation)
 
 
 def _fitted(gaussians: Gaussians4D, center: np.ndarray, elevation: float) -> dict[str, Any]:
     """A pose at azimuth 0; "tall" and "wide" let the page come closer where its window allows."""
-    above, below, beside = render.fitting_distances(gaussians, center, elevation)
+    above, below, beside = drawing.fitting_distances(gaussians, center, elevation)
     tall, wide = AIR * max(above, below), AIR * beside
     return {
         "az": 0.0, "el": math.degrees(elevation), "radius": max(tall, wide), "target": center.tolist(),
-        "fov": math.degrees(render.DEFAULT_FOV), "tall": tall, "wide": wide,
+        "fov": math.degrees(drawing.DEFAULT_FOV), "tall": tall, "wide": wide,
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from d2 import fileio
 from d2.errors import InputError
+from d2.recon import cameras
 from d2.recon.dataset import Dataset
 
 FOLDER = "reference"  # in a reconstruction's folder
@@ -41,9 +42,8 @@ def sheets(data: Dataset) -> dict[str, Sheet]:
     focus = _focus(data)
     poses = [_pose(data, k, focus) for k in range(len(data))]
     views, times = data.views.tolist(), data.times.tolist()
-    moments = {view: len({t for v, t in zip(views, times, strict=True) if v == view}) for view in set(views)}
-    longest = [k for k, view in enumerate(views) if moments[view] == max(moments.values())]
-    front = views[min(longest, key=lambda k: (abs(_signed(poses[k]["az"])), k))]
+    known = cameras.of(data)
+    front = cameras.input_view(known.c2w, known.times, known.views)
     clip = sorted((k for k, view in enumerate(views) if view == front), key=lambda k: times[k])
     first = {view: k for k, view in sorted(enumerate(views), key=lambda item: -times[item[0]])}
     around = sorted(first.values(), key=lambda k: poses[k]["az"])
@@ -136,10 +136,6 @@ def _focus(data: Dataset) -> np.ndarray:  # [3] world
 def _rotation_and_eye(data: Dataset, k: int) -> tuple[np.ndarray, np.ndarray]:
     viewmat = data.viewmats[k].double().numpy()
     return viewmat[:3, :3], -viewmat[:3, :3].T @ viewmat[:3, 3]
-
-
-def _signed(degrees: float) -> float:
-    return (degrees + 180) % 360 - 180
 
 
 def _spread(items: list[int], most: int) -> list[int]:

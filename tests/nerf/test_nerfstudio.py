@@ -31,12 +31,12 @@ from surroundings import ROOT
 from d2 import camera, images
 from d2.recon import dataset, train
 from d2.recon.config import ReconstructConfig
+from d2.recon.drawing import WHITE, render_views
 from d2.recon.exports import export
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.nerf.checkpoints import import_checkpoint
 from d2.recon.nerf.dataparser import D2DataParserConfig
 from d2.recon.pipeline import reconstruct
-from d2.recon.render import WHITE, render_views
 from d2.run import Run
 
 VIEWS, FRAMES, SIZE, STEPS = 12, 5, 48, 200

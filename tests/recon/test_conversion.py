@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from d2.cli.convert import convert as convert_command
 from d2.cli.info import info as info_command
 from d2.errors import ConflictError, InputError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.conversion import READERS, SOURCES, convert, describe
 from d2.recon.formats import ply
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
@@ -33,8 +33,8 @@ def moment() -> Gaussians3D:
 
 
 def picture(gaussians: Gaussians3D) -> np.ndarray:
-    rig = render.orbit_rig(1.0, np.array([0.7]), 128, 128)
-    (image,) = render.render_views(gaussians, rig.c2w, rig.K, 128, 128, [0.0], render.WHITE)
+    rig = drawing.orbit_rig(1.0, np.array([0.7]), 128, 128)
+    (image,) = drawing.render_views(gaussians, rig.c2w, rig.K, 128, 128, [0.0], drawing.WHITE)
     return image[..., :3]
 
 

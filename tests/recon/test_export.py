@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from d2 import fileio, images
 from d2.cli.export import export as command
 from d2.errors import ConflictError, InputError, NumericalError
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.exports import export, find
 from d2.recon.formats import glb, ply, spz
 from d2.recon.gaussians import Gaussians4D
@@ -64,7 +64,15 @@ def test_everything_is_written_beside_the_gaussians_with_their_own_rate_and_leng
     assert written == {
         "ply": folder / "ply", "mp4": folder / "turntable.mp4", "contact": folder / "contact.png",
     }  # fmt: skip
-    names = ["contact.png", "ply/fox_0001.ply", "ply/fox_0002.ply", "ply/fox_0003.ply", "ply/frames.json"]
+    names = [
+        "contact.png",
+        "ply/README.txt",
+        "ply/fox_0001.ply",
+        "ply/fox_0002.ply",
+        "ply/fox_0003.ply",
+        "ply/frames.json",
+        "ply/import_in_blender.py",
+    ]
     assert list(contents(folder)) == [*names, "turntable.mp4"]
     manifest = json.loads((folder / "ply/frames.json").read_text())
     assert manifest["fps"] == 12 and [entry["time"] for entry in manifest["frames"]] == [0, 0.5, 1]
@@ -112,7 +120,9 @@ def test_a_file_without_metadata_plays_25_frames_at_24(tmp_path, gaussians):
 
 def test_arguments_come_before_what_the_file_says(recon, tmp_path):
     written = export(recon, ["ply"], tmp_path / "out", fps=30, frames=2, name="hero", frame="rub", pad_sh3=True)
-    assert sorted(contents(written["ply"])) == ["frames.json", "hero_0001.ply", "hero_0002.ply"]
+    assert sorted(contents(written["ply"])) == [
+        "README.txt", "frames.json", "hero_0001.ply", "hero_0002.ply", "import_in_blender.py",
+    ]  # fmt: skip
     manifest = json.loads((written["ply"] / "frames.json").read_text())
     assert manifest["fps"] == 30 and len(manifest["frames"]) == 2
     head = (written["ply"] / "hero_0001.ply").read_bytes()[:3000]
@@ -156,7 +166,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
         raise NumericalError("injected")
 
     monkeypatch.setattr("d2.recon.formats.ply.encode", fail)
-    monkeypatch.setattr("d2.recon.render.rasterize", fail)
+    monkeypatch.setattr("d2.recon.drawing.rasterize", fail)
     for what in ("ply", "mp4", "contact"):
         with pytest.raises(NumericalError, match="injected"):
             export(recon, [what], overwrite=True, size=32)
@@ -166,7 +176,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
 def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "contact.png").mkdir(parents=True)
-    known = "known: ply, spz, splat, glb, usd, usdz, usd-points, splatv, 4dgs, nerfstudio, mp4, contact"
+    known = "known: ply, spz, splat, sog, glb, usd, usdz, usd-points, cameras, splatv, 4dgs, nerfstudio, mp4, contact"
     cases = [
         ({"formats": ["xyz"]}, known), ({"formats": []}, known), ({"formats": ["ply", ""]}, known),
         ({"out": "-"}, "must be a folder"), ({"out": ""}, "must be a folder"),
@@ -261,10 +271,15 @@ def test_every_splat_format_is_a_numbered_folder_or_one_file(recon):
     written = export(recon, SPLATS, fps=10)
     assert written["splatv"].name == "fox.splatv"
     for what in ("spz", "splat", "glb"):
-        assert sorted(contents(written[what])) == [*(f"fox_000{k}.{what}" for k in (1, 2, 3)), "frames.json"]
+        assert sorted(contents(written[what])) == [
+            "README.txt",
+            *(f"fox_000{k}.{what}" for k in (1, 2, 3)),
+            "frames.json",
+        ]
         assert json.loads((written[what] / "frames.json").read_text())["fps"] == 10
     still = export(recon, ["spz", "glb"], recon / "still", time=0.5)
-    assert sorted(contents(recon / "still")) == ["fox.glb", "fox.spz"] == sorted(path.name for path in still.values())
+    assert sorted(contents(recon / "still")) == ["README.txt", "fox.glb", "fox.spz"]
+    assert sorted(path.name for path in still.values()) == ["fox.glb", "fox.spz"]
 
 
 def test_a_span_writes_those_frames_of_the_clip(recon):
@@ -283,8 +298,8 @@ def test_placement_is_the_same_in_every_format(recon):
     found = [ply.read(written["ply"]), spz.read(written["spz"]), glb.read(written["glb"])]
     for other in found[1:]:
         torch.testing.assert_close(other.means, found[0].means, atol=5e-4, rtol=0)
-    placed = place(Gaussians4D.load(recon / "gaussians.safetensors"), [0.5], placement)
-    low, high = render.bounds(placed, [0.5])
+    placed, _ = place(Gaussians4D.load(recon / "gaussians.safetensors"), [0.5], placement)
+    low, high = drawing.bounds(placed, [0.5])
     assert low[2] == pytest.approx(0, abs=1e-5) and high[2] == pytest.approx(1.8, abs=1e-4)
     before = Gaussians4D.load(recon / "gaussians.safetensors")
     ratio = placed.velocities.norm(dim=1) / before.velocities.norm(dim=1)
@@ -312,6 +327,6 @@ def test_command_takes_a_part_of_the_frames_and_a_height(recon):
     run = CliRunner().invoke(
         app, [str(recon), "--format", "spz", "--frames", "0:2", "--height", "1.8", "--pivot", "ground"]
     )
-    assert run.exit_code == 0 and len(contents(recon / "export/spz")) == 3
+    assert run.exit_code == 0 and len(contents(recon / "export/spz")) == 4
     run = CliRunner().invoke(app, [str(recon), "--format", "spz", "--frames", "a:b"])
     assert isinstance(run.exception, InputError)

@@ -18,12 +18,12 @@ from d2 import camera, fileio, images
 from d2.cli.app import app
 from d2.errors import ConflictError, InputError
 from d2.recon import checkpoint, dataset
+from d2.recon.drawing import framing
 from d2.recon.exports import export
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.nerf.checkpoints import import_checkpoint, is_checkpoint
 from d2.recon.nerf.views import RINGS_DEG
 from d2.recon.nerf.views import VIEWS as DRAWN
-from d2.recon.render import framing
 from d2.run import Run, frame_time
 
 CONFIG = "d2-4dgs/d2/config.yml"

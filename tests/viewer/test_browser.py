@@ -17,7 +17,7 @@ import pytest
 from pages import FPS, FRAMES, opened, random_asset
 
 from d2.camera import Rig
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.exports import export
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.viewer import about, pack, page
@@ -57,7 +57,7 @@ def expected(asset: Gaussians4D, t: float, az: float, el: float) -> np.ndarray:
     """The same by our rasterizer, on white."""
     angles = np.radians([az]), np.radians([el])
     rig = Rig(*angles, HOME["radius"], math.radians(HOME["fov"]), SIZE, SIZE)
-    (picture,) = render.render_views(asset, rig.c2w, rig.K, SIZE, SIZE, [t], background=(1, 1, 1))
+    (picture,) = drawing.render_views(asset, rig.c2w, rig.K, SIZE, SIZE, [t], background=(1, 1, 1))
     return picture[..., :3]
 
 

@@ -29,6 +29,14 @@ _MAX_SAMPLES = 20_000  # Gaussians looked at a moment
 _INK, _LABEL_WIDTH, _LABEL_HEIGHT, _FONT_SIZE = (60, 60, 60), 44, 20, 12  # of the contact sheet, pixels
 
 
+class Picture(NamedTuple):
+    """What one camera sees; colours are display-referred and may exceed 1."""
+
+    color: np.ndarray  # [H, W, 3] premultiplied
+    alpha: np.ndarray  # [H, W, 1]
+    depth: np.ndarray | None = None  # [H, W] world, expected along the optical axis where alpha > 0
+
+
 class Framing(NamedTuple):
     """A sphere that holds the object at every moment."""
 
@@ -44,6 +52,32 @@ class Distances(NamedTuple):
     beside: float
 
 
+def draw(
+    gaussians: Gaussians4D | Gaussians3D,
+    c2w: np.ndarray,  # [n, 4, 4] OpenGL camera to world
+    Ks: np.ndarray,  # [n, 3, 3] pixels
+    width: int,
+    height: int,
+    times: Sequence[float] | np.ndarray,  # [n] in 0..1; a static set ignores them
+    depth: bool = False,
+    backend: BackendName = "auto",
+) -> Iterator[Picture]:
+    """Yields what each camera sees at its time.  Errors are those of `rasterize`."""
+    device = gaussians.means.device
+    views = torch.as_tensor(viewmats(np.asarray(c2w, float)), dtype=torch.float32, device=device)
+    intrinsics = torch.as_tensor(Ks, dtype=torch.float32, device=device)
+    drawn, motion = _drawn(gaussians)
+    for view, K, time in zip(views, intrinsics, times, strict=True):
+        moment = motion and motion._replace(t=torch.tensor([float(time)], device=device))
+        with torch.no_grad():
+            image, alpha, _ = rasterize(
+                **drawn, viewmats=view[None], Ks=K[None], width=width, height=height, sh_degree=gaussians.sh_degree,
+                motion=moment, backend=backend, render_mode="RGB+ED" if depth else "RGB",
+            )  # fmt: skip
+        pixels = image[0].cpu().numpy()
+        yield Picture(pixels[..., :3], alpha[0].cpu().numpy(), pixels[..., 3] if depth else None)
+
+
 def render_views(
     gaussians: Gaussians4D | Gaussians3D,
     c2w: np.ndarray,  # [n, 4, 4] OpenGL camera to world
@@ -54,22 +88,19 @@ def render_views(
     background: tuple[float, float, float] | None = None,
     backend: BackendName = "auto",
 ) -> Iterator[np.ndarray]:
-    """Yields float32 [height, width, 4] a camera: straight alpha, or opaque over `background` (0..1).
+    """Yields float32 [height, width, 4] a camera: straight alpha, or opaque over `background` (0..1)."""
+    Ks = np.broadcast_to(K, (len(c2w), 3, 3)).copy()
+    for picture in draw(gaussians, c2w, Ks, width, height, times, backend=backend):
+        yield over(picture, background)
 
-    Colours are display-referred and may exceed 1.  Errors are those of `rasterize`.
-    """
-    device = gaussians.means.device
-    views = torch.as_tensor(viewmats(np.asarray(c2w, float)), dtype=torch.float32, device=device)
-    intrinsics = torch.as_tensor(K, dtype=torch.float32, device=device)[None]
-    drawn, motion = _drawn(gaussians)
-    for view, time in zip(views, times, strict=True):
-        moment = motion and motion._replace(t=torch.tensor([float(time)], device=device))
-        with torch.no_grad():
-            color, alpha, _ = rasterize(
-                **drawn, viewmats=view[None], Ks=intrinsics, width=width, height=height,
-                sh_degree=gaussians.sh_degree, motion=moment, backend=backend,
-            )  # fmt: skip
-        yield _over(color[0].cpu().numpy(), alpha[0].cpu().numpy(), background)
+
+def over(picture: Picture, background: tuple[float, float, float] | None) -> np.ndarray:  # float32 [H, W, 4]
+    """Straight alpha, or opaque over a background in 0..1."""
+    color, alpha, _ = picture
+    if background is None:
+        return np.concatenate([color / np.maximum(alpha, 1e-6), alpha], -1)
+    behind = (1 - alpha) * np.asarray(background, np.float32)
+    return np.concatenate([color + behind, np.ones_like(alpha)], -1)
 
 
 def framing(
@@ -141,6 +172,13 @@ def orbit_rig(
     return Rig(azimuths, np.full_like(azimuths, elevation), distance, fov, width, height)
 
 
+def around(rig: Rig, center: np.ndarray) -> np.ndarray:
+    """The rig's cameras [n, 4, 4], moved to look at `center` [3] instead of the origin."""
+    c2w = rig.c2w
+    c2w[:, :3, 3] += center
+    return c2w
+
+
 def loop_times(
     times: Sequence[float] | np.ndarray,  # [F] in 0..1, the frames of the clip
     fps: float,
@@ -169,7 +207,7 @@ def turntable(
     center, radius = framed or framing(gaussians)
     azimuths = 2 * np.pi * np.arange(len(times)) / len(times)
     rig = orbit_rig(radius, azimuths, width, height, elevation, fov)
-    c2w = _around(rig, center)
+    c2w = around(rig, center)
     for picture in render_views(gaussians, c2w, rig.K, width, height, times, background, backend):
         yield images.to_uint8(picture[..., :3])
 
@@ -193,7 +231,7 @@ def contact_sheet(
     every = np.tile(np.asarray(times, float), len(azimuths))
     size = (_LABEL_WIDTH + tile * len(times), _LABEL_HEIGHT + tile * len(azimuths))
     sheet = Image.new("RGB", size, "white")
-    pictures = render_views(gaussians, _around(rig, center), rig.K, tile, tile, every, WHITE, backend)
+    pictures = render_views(gaussians, around(rig, center), rig.K, tile, tile, every, WHITE, backend)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, len(times))
         corner = (_LABEL_WIDTH + column * tile, _LABEL_HEIGHT + row * tile)
@@ -201,18 +239,6 @@ def contact_sheet(
         progress(index + 1, len(every))
     _label(sheet, times, azimuths, tile)
     return np.asarray(sheet)
-
-
-def _opaque(gaussians: Gaussians4D, times: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means [n, 3] and largest scales [n] of what is opaque at any of the moments."""
-    step = -(-len(gaussians) // _MAX_SAMPLES)
-    some = gaussians.map(lambda tensor: tensor.detach()[::step].cpu())
-    moments = [some.at(float(time)) for time in times]
-    means = np.concatenate([moment.means.double().numpy() for moment in moments])
-    sizes = np.concatenate([moment.scales.double().amax(-1).numpy() for moment in moments])
-    opacities = np.concatenate([moment.opacities.numpy() for moment in moments])
-    opaque = opacities >= min(_OPAQUE, 0.5 * float(opacities.max()))
-    return means[opaque], sizes[opaque]
 
 
 def _drawn(gaussians: Gaussians4D | Gaussians3D) -> tuple[dict[str, Any], Motion | None]:
@@ -228,24 +254,6 @@ def _drawn(gaussians: Gaussians4D | Gaussians3D) -> tuple[dict[str, Any], Motion
         "colors": g.sh,
     }
     return static, None
-
-
-def _over(
-    color: np.ndarray,  # [H, W, 3] premultiplied
-    alpha: np.ndarray,  # [H, W, 1]
-    background: tuple[float, float, float] | None,
-) -> np.ndarray:  # [H, W, 4]
-    if background is None:
-        return np.concatenate([color / np.maximum(alpha, 1e-6), alpha], -1)
-    over = color + (1 - alpha) * np.asarray(background, np.float32)
-    return np.concatenate([over, np.ones_like(alpha)], -1)
-
-
-def _around(rig: Rig, center: np.ndarray) -> np.ndarray:
-    """The rig's cameras [n, 4, 4], moved to look at `center` [3] instead of the origin."""
-    c2w = rig.c2w
-    c2w[:, :3, 3] += center
-    return c2w
 
 
 def _label(sheet: Image.Image, times: Sequence[float] | np.ndarray, azimuths: np.ndarray, tile: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2.camera import look_at_origin, orbit_positions
-from d2.recon import render
+from d2.recon import drawing
 from d2.recon.formats import ply
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
 from d2.recon.raster import sh
@@ -47,7 +47,7 @@ def random_object(count: int = 400, degree: int = 3) -> Gaussians4D:
 def view(gaussians, azimuth: float, time: float = 0.0, size: int = 96, **options) -> np.ndarray:
     c2w = look_at_origin(orbit_positions(np.array([azimuth]), np.array([0.0]), 6.0))
     K = np.array([[1.5 * size, 0, size / 2], [0, 1.5 * size, size / 2], [0, 0, 1]])
-    return next(render.render_views(gaussians, c2w, K, size, size, [time], **options))
+    return next(drawing.render_views(gaussians, c2w, K, size, size, [time], **options))
 
 
 def centroid(picture: np.ndarray, channel: int) -> tuple[float, float]:
@@ -88,13 +88,13 @@ def test_a_written_frame_drawn_in_its_own_axes_is_the_picture_of_the_source(tmp_
     stored, back = ply.read(tmp_path / "a.ply", "world"), ply.read(tmp_path / "a.ply")
     c2w = look_at_origin(orbit_positions(np.array([0.0, 0.7]), np.array([0.0, 0.4]), 6.0))
     K = np.array([[144.0, 0, 48], [0, 144, 48], [0, 0, 1]])
-    expected = list(render.render_views(source, c2w, K, 96, 96, [0.5, 0.5]))
-    for picture, truth in zip(render.render_views(back, c2w, K, 96, 96, [0, 0]), expected, strict=True):
+    expected = list(drawing.render_views(source, c2w, K, 96, 96, [0.5, 0.5]))
+    for picture, truth in zip(drawing.render_views(back, c2w, K, 96, 96, [0, 0]), expected, strict=True):
         assert psnr(picture[..., :3] * picture[..., 3:], truth[..., :3] * truth[..., 3:]) > 60
     # A camera of the file's own world: it stands on -z, x to the right, y down, and looks along +z.
     camera = np.diag([1.0, -1, -1, 1])
     camera[2, 3] = -6
-    picture = next(render.render_views(stored, camera[None], K, 96, 96, [0]))
+    picture = next(drawing.render_views(stored, camera[None], K, 96, 96, [0]))
     assert psnr(picture[..., :3] * picture[..., 3:], expected[0][..., :3] * expected[0][..., 3:]) > 60
 
 
@@ -113,15 +113,15 @@ def test_the_backend_asked_for_draws():
 def test_framing_finds_a_moving_object_and_ignores_floaters_and_the_invisible():
     places = [[x, y, z] for x in (1.5, 2.5) for y in (-0.5, 0.5) for z in (0.5, 1.5)] * 125
     still = blobs(places, [GREY] * 1000, size=0.01)
-    found = render.framing(still)
+    found = drawing.framing(still)
     np.testing.assert_allclose(found.center, [2, 0, 1], atol=1e-3)
     assert found.radius == pytest.approx(math.sqrt(0.75) + 0.01, abs=1e-3)
     still.means[0] = torch.tensor([500.0, 0, 0])
     still.means[8:16] = 90.0
     still.opacity_logits[8:16] = -8.0
-    assert render.framing(still).radius == pytest.approx(found.radius, abs=0.02)
+    assert drawing.framing(still).radius == pytest.approx(found.radius, abs=0.02)
     still.velocities[:, 0] = 2.0
-    moved = render.framing(still)
+    moved = drawing.framing(still)
     np.testing.assert_allclose(moved.center, [3, 0, 1], atol=0.05)
     assert moved.radius == pytest.approx(math.hypot(1.5, 0.5, 0.5), abs=0.05)
 
@@ -129,14 +129,14 @@ def test_framing_finds_a_moving_object_and_ignores_floaters_and_the_invisible():
 def test_a_single_tiny_faint_gaussian_can_be_framed_and_seen():
     one = blobs([[0.3, 0.2, 0.1]], [RED], size=1e-5)
     one.opacity_logits[:] = -4.0
-    picture = next(render.turntable(one, [0.0], 32, 32))
+    picture = next(drawing.turntable(one, [0.0], 32, 32))
     assert np.isfinite(picture).all() and picture.min() < 255
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (96, 48), (48, 96)])
 def test_the_framed_object_fills_the_picture_and_is_not_cut(width, height):
     corners = [[x, y, z] for x in (1.0, 2) for y in (1.0, 2) for z in (1.0, 2)]
-    for picture in render.turntable(blobs(corners, [GREY] * 8, size=0.05), [0.0] * 8, width, height):
+    for picture in drawing.turntable(blobs(corners, [GREY] * 8, size=0.05), [0.0] * 8, width, height):
         ink = picture.min(-1) < 250
         border = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
         assert not border.any()
@@ -147,15 +147,15 @@ def test_the_framed_object_fills_the_picture_and_is_not_cut(width, height):
 @pytest.mark.parametrize(("frames", "fps", "expected"), [(25, 24, 100), (24, 24, 96), (240, 24, 240), (1, 24, 96)])
 def test_a_turn_takes_whole_plays_of_the_clip(frames, fps, expected):
     times = np.linspace(0, 1, frames)
-    moments = render.loop_times(times, fps)
+    moments = drawing.loop_times(times, fps)
     assert len(moments) == expected and expected % frames == 0
     np.testing.assert_array_equal(moments.reshape(-1, frames), np.tile(times, (expected // frames, 1)))
 
 
 def test_the_turntable_turns_once_while_time_advances():
     moving = blobs([[0.0, -0.5, -0.2], [0.5, 0, -0.2]], [RED, GREEN], [[0.0, 0, 0.4], [0, 0, 0]])
-    framed = render.Framing(np.zeros(3), 1.0)
-    pictures = list(render.turntable(moving, render.loop_times([0.0, 1.0], 1), 64, 64, elevation=0, framed=framed))
+    framed = drawing.Framing(np.zeros(3), 1.0)
+    pictures = list(drawing.turntable(moving, drawing.loop_times([0.0, 1.0], 1), 64, 64, elevation=0, framed=framed))
     assert len(pictures) == 4
     unit = [np.concatenate([p / 255, np.ones((64, 64, 1))], -1) for p in pictures]
     # A quarter turn takes the camera from the front to +x, where the front is on the left.
@@ -167,7 +167,7 @@ def test_the_turntable_turns_once_while_time_advances():
 def test_contact_sheet_has_a_row_an_azimuth_and_a_column_a_moment():
     moving = blobs([[0.0, -0.5, 0]], [RED], [[0.0, 0, 0.5]])
     calls = []
-    sheet = render.contact_sheet(
+    sheet = drawing.contact_sheet(
         moving, [0.0, 0.5, 1.0], np.array([0.0, math.pi / 2]), 50, progress=lambda *call: calls.append(call)
     )
     assert sheet.shape == (20 + 2 * 50, 44 + 3 * 50, 3) and sheet.dtype == np.uint8
@@ -190,8 +190,8 @@ def test_static_gaussians_are_drawn_as_they_are():
 
 def test_fitting_distances_hold_the_object_and_not_much_more():
     tower = blobs([[0.0, 0, 1], [0.0, 0, -1]], [RED, BLUE], size=0.02)
-    above, below, beside = render.fitting_distances(tower, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    above, below, beside = drawing.fitting_distances(tower, np.zeros(3), elevation=0.0, fov=math.radians(90))
     assert above == pytest.approx(below) == pytest.approx(1.05 * 1.02, rel=0.02) and beside < 0.1
     bar = blobs([[1.0, 0, 0], [-1.0, 0, 0]], [RED, BLUE], size=0.02)
-    above, _, beside = render.fitting_distances(bar, np.zeros(3), elevation=0.0, fov=math.radians(90))
+    above, _, beside = drawing.fitting_distances(bar, np.zeros(3), elevation=0.0, fov=math.radians(90))
     assert 1.0 < above < 1.2 and 1.3 < beside < 1.7  # end on, its near end is 1 nearer; turned by 45°, √2 is needed
