@@ -1,4 +1,4 @@
-"""From a reconstruction to files other programs open: splats in many formats, turntable video, contact sheet."""
+"""From a reconstruction to files other programs open: splats and meshes in many formats, video, contact sheet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from d2.recon import render
 from d2.recon.formats import fourdgs, glb, ply, sequence, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.mesh import Mesh, MeshConfig
+from d2.recon.mesh import write as meshes
 from d2.recon.placement import Placement, place
 from d2.recon.sources import DEFAULT_FPS, DEFAULT_FRAMES, Source, check_playback, find
 from d2.recon.viewer.write import write_html, write_web
@@ -26,6 +28,7 @@ CONTACT_COLUMNS = 6  # at most
 
 Progress = Callable[[str, int, int], None]  # format, done, total
 _UNMOVED = Placement()
+_MESHING = MeshConfig()
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,26 @@ class Clip:
     length: int  # frames of the whole clip
     folder: Path | None = None  # of the reconstruction
     run: Run | None = None
+    meshing: MeshConfig = _MESHING
+
+    @property
+    def seconds(self) -> float:
+        """How long the times 0..1 last."""
+        return max(self.length - 1, 1) / self.fps
+
+    # What takes long is made when it is first asked for, and once for all formats.
+
+    @functools.cached_property
+    def surfaces(self) -> list[Mesh]:
+        return meshes.fused(self)
+
+    @functools.cached_property
+    def frame_meshes(self) -> list[Mesh]:
+        return meshes.per_frame(self)
+
+    @functools.cached_property
+    def carried_meshes(self) -> list[Mesh]:
+        return meshes.carried(self)
 
 
 def export(
@@ -64,6 +87,7 @@ def export(
     pad_sh3: bool = False,
     prune_opacity: float = 0.0,
     size: int = 512,
+    meshing: MeshConfig = _MESHING,
     progress: Progress = lambda name, done, total: None,
 ) -> dict[str, Path]:
     """Writes a reconstruction in the formats asked for and returns the path of each.
@@ -73,6 +97,8 @@ def export(
     `export` beside them.  Formats without motion (ply, spz, splat, glb) become a folder each with
     `<name>_0001.ply` … and frames.json; usd, usdz, usd-points, splatv and 4dgs are one file `<name>.usd` …;
     then `turntable.mp4`, `contact.png`, `<name>.html` (the viewer in one file) and `web/` (the same for a site).
+    Meshes are proxy geometry: mesh-usd, mesh-glb, mesh-abc, mesh-obj and mesh-ply have the same triangles in every
+    frame, fused-usd, fused-obj and fused-ply a surface of its own in each; `meshing` says how they are made.
     `fps` and `frames` are by default what the run or the file says, else 24 and 25;
     `span` (first, end) writes a part of those frames.  With `time` (0..1) everything shows
     that moment, as one file a format; splatv and 4dgs hold the whole motion always.  `placement` is the same
@@ -95,13 +121,14 @@ def export(
     times = _moments(time, count, span)
     clip = Clip(
         place(found.gaussians, times, placement), found.name if name is None else name, times, fps or found.fps,
-        layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
+        layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement), meshing,
     )  # fmt: skip
     sequence.check_name(clip.name)
     targets = {what: folder / file_name(what, clip) for what in wanted}
     for target in targets.values():
         _check_free(target, overwrite)
     fileio.require_space(folder, _least_bytes(wanted, clip))
+    meshes.require(wanted)
     for what, target in targets.items():
         FORMATS[what](clip, target)
     return targets
@@ -116,13 +143,17 @@ def _least_bytes(wanted: Sequence[str], clip: Clip) -> int:
     """About what the sequences take; SPZ is smaller after gzip."""
     rest = 4 * 3 * (clip.gaussians.sh.shape[1] - 1)
     sizes = {"ply": clip.layout.bytes_per_gaussian(clip.gaussians.sh_degree), "glb": MOMENTS["glb"] + rest, "splat": 32}
-    return sum(sizes.get(what, 0) for what in wanted) * len(clip.gaussians) * len(clip.times)
+    splats = sum(sizes.get(what, 0) for what in wanted) * len(clip.gaussians)
+    triangles = sum(meshes.BYTES_A_TRIANGLE[what.split("-")[1]] for what in wanted if what in meshes.FORMATS)
+    return (splats + triangles * clip.meshing.triangles) * len(clip.times)
 
 
 def file_name(what: str, clip: Clip) -> str:
     """Where a format goes within the export folder."""
     if what in MOMENTS:
         return f"{clip.name}.{what}" if clip.still else what
+    if what in meshes.FORMATS:
+        return meshes.file_name(what, clip)
     named = {
         "mp4": "turntable.mp4",
         "contact": "contact.png",
@@ -202,6 +233,7 @@ MOMENTS = {"ply": 68, "spz": 20, "splat": 32, "glb": 88}  # formats without moti
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
     **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},
+    **{what: functools.partial(meshes.write_mesh, what=what) for what in meshes.FORMATS},
     "splatv": write_splatv,
     "4dgs": write_4dgs,
     "mp4": write_turntable,
