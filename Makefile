@@ -1,9 +1,11 @@
 # make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
+# make test-dcc: exports read by Blender, which comes as the Python package bpy (5.0.1: Python 3.11, NumPy 1, 1 GB) into an
+# environment of its own, .venv-dcc; the tests run in .venv and start Blender from there.  Not part of CI.
 # All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser lint clean
+.PHONY: venv demo test test-browser test-dcc lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -26,6 +28,15 @@ test-browser: venv
 	D2_TSC="$$(ls $(CURDIR)/build/node/node_modules/.bin/tsc 2>/dev/null)" \
 	$(BIN)/python -m pytest tests/viewer -m 'browser or not browser'
 
+DCC_PYTHON ?= python3.11
+.venv-dcc/done:
+	test -x .venv-dcc/bin/python || $(DCC_PYTHON) -m venv .venv-dcc
+	.venv-dcc/bin/python -m pip install -q --disable-pip-version-check 'bpy==5.0.1' 'numpy<2'
+	touch .venv-dcc/done
+
+test-dcc: venv .venv-dcc/done
+	$(BIN)/python benchmarks/dcc.py
+
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv
 	$(BIN)/ruff format --check .
@@ -36,4 +47,4 @@ lint: venv
 	$(BIN)/pyright --project pyproject.toml
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-dcc runs build dist *.egg-info

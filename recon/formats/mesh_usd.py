@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from d2 import fileio
 from d2.recon.formats import usd, values
 from d2.recon.mesh import Mesh
 

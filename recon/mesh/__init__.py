@@ -19,7 +19,10 @@ class MeshConfig:
     least_part: float = option(0.05, "a part with fewer triangles than this share of the largest goes", ge=0, le=1)
     triangles: int = option(40_000, "triangles that a written mesh is reduced to; 0 = as fused", ge=0, le=10_000_000)
     moment: float | None = option(
-        None, "time, 0 to 1, of the frame whose mesh is carried; default: the frame with the largest surface", ge=0, le=1
+        None,
+        "time, 0 to 1, of the frame whose mesh is carried; default: the frame with the largest surface",
+        ge=0,
+        le=1,
     )
 
 

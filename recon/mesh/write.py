@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,20 +66,20 @@ def per_frame(clip: Clip) -> list[Mesh]:
 
 def carried(clip: Clip) -> list[Mesh]:
     """The same triangles and colours in every frame; velocities lead straight to the next one."""
-    start = _start(clip)
+    start = start_frame(clip)
     mesh = fusion.reduced(clip.surfaces[start], clip.meshing.triangles)
     places = advection.carry(
         clip.gaussians, mesh, start, clip.times, clip.surfaces,
         lambda done, total: clip.progress("carrying", done, total),
     )  # fmt: skip
-    steps = [(after - before) * clip.fps for before, after in zip(places, places[1:], strict=False)]
+    steps = [(after - before) * clip.fps for before, after in itertools.pairwise(places)]
     steps.append(steps[-1] if steps else np.zeros_like(mesh.vertices))
     return [
         dataclasses.replace(mesh, vertices=place, velocities=step) for place, step in zip(places, steps, strict=True)
     ]
 
 
-def _start(clip: Clip) -> int:
+def start_frame(clip: Clip) -> int:
     """The frame whose mesh is carried: the nearest to the moment asked for, or that with the largest surface, where
     the fewest parts touch and are fused into one."""
     if clip.meshing.moment is not None:
@@ -94,7 +95,7 @@ def write_mesh(clip: Clip, target: Path, what: str) -> None:
     """Writes one mesh format; what several of them share is made once."""
     kind, suffix = what.split("-")
     meshes = clip.carried_meshes if kind == "mesh" else clip.frame_meshes
-    upright = clip.frame == "world" and suffix in ("usd", "obj") or clip.frame != "rub" and suffix == "ply"
+    upright = (clip.frame == "world" and suffix in ("usd", "obj")) or (clip.frame != "rub" and suffix == "ply")
     meshes = meshes if upright else [_turned(mesh) for mesh in meshes]
 
     def progress(done: int, total: int) -> None:

@@ -25,7 +25,9 @@ from d2.recon.raster import rasterize
 from d2.recon.raster.depth import surface
 
 try:
-    o3d = pytest.importorskip("open3d", exc_type=ImportError, reason="open3d is not installed: pip install -e '.[mesh]'")
+    o3d = pytest.importorskip(
+        "open3d", exc_type=ImportError, reason="open3d is not installed: pip install -e '.[mesh]'"
+    )
 except OSError as error:  # a system library is missing
     pytest.skip(str(error), allow_module_level=True)
 
@@ -60,7 +62,7 @@ def test_colour_of_the_surface_is_that_of_the_rasterizer():
     straight = (image[0] / alpha[0].clamp_min(1e-6)).numpy()
     opaque = alpha[0, ..., 0].numpy() > 0.5
     np.testing.assert_allclose(color[opaque], straight[opaque], atol=0.03)
-    assert 50 < opaque.sum() and (depth[alpha[0, ..., 0].numpy() > 0.501] > 0).all()
+    assert opaque.sum() > 50 and (depth[alpha[0, ..., 0].numpy() > 0.501] > 0).all()
     assert (depth[alpha[0, ..., 0].numpy() < 0.499] == 0).all()
 
 
@@ -187,7 +189,10 @@ def test_files_and_folders_are_named_after_what_they_hold_and_the_work_is_done_o
         "mesh-usd": "fox_mesh.usd", "mesh-glb": "fox_mesh.glb", "mesh-obj": "mesh-obj", "mesh-ply": "mesh-ply",
         "fused-usd": "fox_fused.usd", "fused-obj": "fused-obj", "fused-ply": "fused-ply",
     }  # fmt: skip
-    assert sorted(p.name for p in files["fused-ply"].iterdir()) == [*(f"fox_000{k}.ply" for k in (1, 2, 3)), "frames.json"]
+    assert sorted(p.name for p in files["fused-ply"].iterdir()) == [
+        *(f"fox_000{k}.ply" for k in (1, 2, 3)),
+        "frames.json",
+    ]
     assert json.loads((files["mesh-obj"] / "frames.json").read_text())["fps"] == 12
     assert [call for call in calls if call[0] == "fusing"] == [("fusing", k, 3) for k in (1, 2, 3)]
     assert [call for call in calls if call[0] == "carrying"] == [("carrying", k, 3) for k in (2, 3)]
