@@ -68,7 +68,7 @@ def main(run: Path, blender: Path | None = None) -> None:
         "reduced": _summary([_chamfer(a, b) / extent for a, b in zip(clip.frame_meshes, surfaces, strict=True)]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {what: _written(clip, Path(folder), what) for what in FORMATS}
+        sizes = {what.replace("-", "_"): _written(clip, Path(folder), what) for what in FORMATS}
         if blender is not None:
             _picture(clip, Path(folder) / "panda_mesh.usd", blender)
     record = {

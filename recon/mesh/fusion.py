@@ -47,6 +47,8 @@ def fuse(
         image, depth = surface(*solid, view, K, rig.width, rig.height)
         if depth.any():
             grid.add(depth, image.clip(0, 1), rig.K, view.double().numpy())
+    if grid.empty:
+        raise InputError("there is no surface to mesh: nothing is opaque at this moment")
     return _tidy(grid.surface(), settings)
 
 
@@ -84,7 +86,7 @@ class _Grid:
 
     def __init__(self, o3d: Any, voxel: float) -> None:
         f32 = o3d.core.float32
-        self._o3d = o3d
+        self._o3d, self.empty = o3d, True
         self._grid = o3d.t.geometry.VoxelBlockGrid(
             ("tsdf", "weight", "color"), (f32, f32, f32), ((1), (1), (3)), voxel, 8, 20_000
         )
@@ -94,6 +96,7 @@ class _Grid:
         camera = tensor(K), tensor(viewmat), 1.0, 1.01 * float(depth.max()), TRUNCATION
         depths, colors = image(tensor(depth)), image(tensor(np.ascontiguousarray(color, np.float32)))
         blocks = self._grid.compute_unique_block_coordinates(depths, *camera)
+        self.empty = False
         self._grid.integrate(blocks, depths, colors, *camera)
 
     def surface(self) -> Any:
@@ -104,7 +107,7 @@ def _tidy(mesh: Any, settings: MeshConfig) -> Mesh:
     """Without floaters, and smoothed."""
     part, sizes, _ = (np.asarray(values) for values in mesh.cluster_connected_triangles())
     if len(sizes) == 0:
-        raise InputError("there is no surface to mesh: nothing is opaque at this moment")
+        raise InputError("there is no surface to mesh: it is smaller than a voxel or seen by too few cameras")
     mesh.remove_triangles_by_mask(sizes[part] < settings.least_part * sizes.max())
     mesh.remove_unreferenced_vertices()
     return _mesh(mesh.filter_smooth_taubin(settings.smoothing))
