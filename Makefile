@@ -1,6 +1,7 @@
 # make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
-# make test-ray: d2 batch on a local Ray cluster.  make test-nerfstudio: the method d2-4dgs in nerfstudio.  All make
-# .venv first.
+# make test-ray: d2 batch on a local Ray cluster.  make test-nerfstudio: the method d2-4dgs in nerfstudio.  make test-dcc:
+# exports drawn by other people's renderers and read by Blender, which comes as the Python package bpy (5.0.1: Python 3.11,
+# NumPy 1, 1 GB) into .venv-dcc.  All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -42,10 +43,16 @@ test-nerfstudio: .venv-nerfstudio/done
 	.venv-nerfstudio/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/nerf/requirements.txt
 	touch .venv-nerfstudio/done
 
-# Exports drawn by renderers of other people.  Needs npm and chromium.
-test-dcc: venv
+# Exports drawn by renderers of other people (npm and chromium) and read by Blender.  Not part of CI.
+DCC_PYTHON ?= python3.11
+.venv-dcc/done:
+	test -x .venv-dcc/bin/python || $(DCC_PYTHON) -m venv .venv-dcc
+	.venv-dcc/bin/python -m pip install -q --disable-pip-version-check 'bpy==5.0.1' 'numpy<2'
+	touch .venv-dcc/done
+
+test-dcc: venv .venv-dcc/done
 	npm install --silent --no-audit --no-fund --prefix build/node three@0.187.0 @sparkjsdev/spark@2.2.0 playcanvas@2.23.3
-	D2_NODE_MODULES="$(CURDIR)/build/node/node_modules" $(BIN)/python -m pytest tests/dcc -m 'dcc or not dcc'
+	D2_NODE_MODULES="$(CURDIR)/build/node/node_modules" $(BIN)/python benchmarks/dcc.py
 
 # pyright cannot see the package-dir mapping of pyproject.toml, so it checks a tree of links laid out as installed.
 lint: venv
@@ -57,4 +64,4 @@ lint: venv
 	$(BIN)/pyright --project pyproject.toml
 
 clean:
-	rm -rf .venv .venv-nerfstudio runs build dist *.egg-info
+	rm -rf .venv .venv-nerfstudio .venv-dcc runs build dist *.egg-info

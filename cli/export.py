@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 
 _FORMATS = (
-    "ply, spz, splat, sog, glb, usd, usdz, usd-points, splatv, 4dgs, cameras, nerfstudio, mp4, contact, html, web"
+    "ply, spz, splat, sog, glb, usd, usdz, usd-points, splatv, 4dgs, cameras, nerfstudio, mp4, contact, html, web;"
+    " meshes with the same triangles in every frame: mesh-usd, mesh-glb (morph targets), mesh-abc (needs Blender),"
+    " mesh-obj, mesh-ply; with triangles of their own in every frame: fused-usd, fused-obj, fused-ply"
 )
 
 
 def export(
     path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
-    formats: Annotated[str, typer.Option("--format", help=f"Comma list of {_FORMATS}.")] = "ply,mp4,contact",
+    formats: Annotated[str, typer.Option("--format", help=f"Comma list. {_FORMATS}.")] = "ply,mp4,contact",
     out: Annotated[
         Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
     ] = None,
@@ -43,13 +45,19 @@ def export(
     pad_sh3: Annotated[bool, typer.Option("--pad-sh3", help="Fill colour up to degree 3 (Houdini, Adobe).")] = False,
     prune_opacity: Annotated[float, typer.Option(help="Leave out what is fainter, 0 to 1; N then varies.")] = 0.0,
     size: Annotated[int, typer.Option(help="Width and height of the video in pixels.")] = 512,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Meshes: field=value; repeatable (fields: d2.recon.mesh.MeshConfig)."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
 ) -> None:
     """Write a reconstruction in the formats other programs open: splats, USD, a page, a turntable video."""
     from d2.cli import bars
+    from d2.config import load
     from d2.recon.exports import export as export_asset
+    from d2.recon.mesh import MeshConfig
     from d2.recon.placement import Placement
 
     count, span = _frames(frames)
@@ -63,7 +71,8 @@ def export(
             path, formats.split(","), out, fps=fps, frames=count, span=span, time=time, name=name,
             overwrite=overwrite, up=cast('Literal["y", "z"] | None', up),
             placement=Placement(height, pivot, forward), frame=cast("Frame", frame), pad_sh3=pad_sh3,
-            prune_opacity=prune_opacity, size=size, progress=progress,
+            prune_opacity=prune_opacity, size=size, meshing=load(MeshConfig, sets=tuple(sets or ())),
+            progress=progress,
         )  # fmt: skip
     if as_json:
         import json

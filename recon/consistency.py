@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from d2.recon.dataset import Dataset
+from d2.recon.drawing import framing
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.raster import rasterize
-from d2.recon.drawing import framing
 
 TURN = math.radians(10)  # between a camera and its neighbour, around the object
 SOLID = 0.9  # alpha from which a pixel shows a surface, not its edge

@@ -73,7 +73,7 @@ def _check(scene: Path) -> None:
             raise InputError(
                 f"{fileio.quoted(scene)}: transforms_{split}.json is missing; the protocol has three splits"
             )
-        frames = dataset.posed(scene, split)
+        frames = dataset.shots(scene, split)
         size = images.read_size(frames[0].image)
         if size != (STORED, STORED):
             raise InputError(f"{fileio.quoted(frames[0].image)} is {size[0]}×{size[1]}, expected {STORED}×{STORED}")

@@ -1,4 +1,4 @@
-"""From a reconstruction to files other programs open: splats in many formats, turntable video, contact sheet."""
+"""From a reconstruction to files other programs open: splats and meshes in many formats, video, contact sheet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from d2.recon import cameras, drawing, handout, targets
 from d2.recon.formats import fourdgs, glb, ply, sequence, sog, splat, splatv, spz, usd
 from d2.recon.formats.frames import Frame
 from d2.recon.gaussians import Gaussians4D
+from d2.recon.mesh import Mesh, MeshConfig
+from d2.recon.mesh import write as meshes
 from d2.recon.nerf import views as nerf
 from d2.recon.nerf.checkpoints import write_checkpoint
 from d2.recon.placement import Placement, place
@@ -28,6 +30,7 @@ CONTACT_COLUMNS = 6  # at most
 
 Progress = Callable[[str, int, int], None]  # format, done, total
 _UNMOVED = Placement()
+_MESHING = MeshConfig()
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,26 @@ class Clip:
     folder: Path | None = None  # of the reconstruction
     run: Run | None = None
     tracks: Sequence[cameras.Track] = ()  # the input's, placed as the Gaussians are
+    meshing: MeshConfig = _MESHING
+
+    @property
+    def seconds(self) -> float:
+        """How long the times 0..1 last."""
+        return max(self.length - 1, 1) / self.fps
+
+    # What takes long is made when it is first asked for, and once for all formats.
+
+    @functools.cached_property
+    def surfaces(self) -> list[Mesh]:
+        return meshes.fused(self)
+
+    @functools.cached_property
+    def frame_meshes(self) -> list[Mesh]:
+        return meshes.per_frame(self)
+
+    @functools.cached_property
+    def carried_meshes(self) -> list[Mesh]:
+        return meshes.carried(self)
 
 
 def export(
@@ -67,6 +90,7 @@ def export(
     pad_sh3: bool = False,
     prune_opacity: float = 0.0,
     size: int = 512,
+    meshing: MeshConfig = _MESHING,
     progress: Progress = lambda name, done, total: None,
 ) -> dict[str, Path]:
     """Writes a reconstruction in the formats asked for and returns the path of each.
@@ -79,6 +103,8 @@ def export(
     `cameras/` holds the input's cameras as USD and GLB, to match its plates.  README.txt says how programs open it.
     nerfstudio is a folder with a checkpoint of its method d2-4dgs; for one moment nerfstudio_moment, a dataset for its
     static methods: the run's own pictures of that moment, or views that the model draws where the run holds none.
+    Meshes are proxy geometry: mesh-usd, mesh-glb, mesh-abc, mesh-obj and mesh-ply have the same triangles in every
+    frame, fused-usd, fused-obj and fused-ply a surface of its own in each; `meshing` says how they are made.
     `fps` and `frames` are by default what the run or the file says, else 24 and 25;
     `span` (first, end) writes a part of those frames.  With `time` (0..1) everything shows
     that moment, as one file a format; splatv and 4dgs hold the whole motion always.  `placement` is the same
@@ -103,7 +129,7 @@ def export(
     clip = Clip(
         placed, found.name if name is None else name, times, fps or found.fps,
         layout, size, overwrite, progress, time is not None, axes, count, *_beside(found, placement),
-        tracks=[track.moved(moved) for track in _tracks(wanted, found)],
+        meshing=meshing, tracks=[track.moved(moved) for track in _tracks(wanted, found)],
     )  # fmt: skip
     sequence.check_name(clip.name)
     if "sog" in wanted:
@@ -112,6 +138,7 @@ def export(
     for target in outputs.values():
         targets.check_free(target, overwrite)
     fileio.require_space(folder, _least_bytes(wanted, clip))
+    meshes.require(wanted)
     for what, target in outputs.items():
         FORMATS[what](clip, target)
     _write_readme(clip, folder, wanted)
@@ -140,13 +167,17 @@ def _least_bytes(wanted: Sequence[str], clip: Clip) -> int:
     """About what the sequences take; SPZ is smaller after gzip."""
     rest = 4 * 3 * (clip.gaussians.sh.shape[1] - 1)
     sizes = {"ply": clip.layout.bytes_per_gaussian(clip.gaussians.sh_degree), "glb": MOMENTS["glb"] + rest, "splat": 32}
-    return sum(sizes.get(what, 0) for what in wanted) * len(clip.gaussians) * len(clip.times)
+    splats = sum(sizes.get(what, 0) for what in wanted) * len(clip.gaussians)
+    triangles = sum(meshes.BYTES_A_TRIANGLE[what.split("-")[1]] for what in wanted if what in meshes.FORMATS)
+    return (splats + triangles * clip.meshing.triangles) * len(clip.times)
 
 
 def file_name(what: str, clip: Clip) -> str:
     """Where a format goes within the export folder."""
     if what in MOMENTS:
         return f"{clip.name}.{what}" if clip.still else what
+    if what in meshes.FORMATS:
+        return meshes.file_name(what, clip)
     named = {
         "mp4": "turntable.mp4",
         "contact": "contact.png",
@@ -271,6 +302,7 @@ FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     "contact": write_contact,
     "html": write_html,
     "web": write_web,
+    **{what: functools.partial(meshes.write_mesh, what=what) for what in meshes.FORMATS},
 }
 
 

@@ -194,8 +194,7 @@ def unpack(data: bytes, label: str) -> tuple[dict[str, Any], bytes]:
 
 def _columns(v: Values) -> dict[str, np.ndarray]:
     """The float32 attributes [N, width] by name; the fallback colour is linear, as glTF's COLOR_0 is."""
-    rgb = (0.5 + spherical.C0 * v.sh[:, 0]).clip(0, 1)
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = values.linear(0.5 + spherical.C0 * v.sh[:, 0])
     columns = {
         "POSITION": v.means,
         "COLOR_0": np.column_stack([linear, v.opacities]),

@@ -44,15 +44,11 @@ def write(
     Units are metres.  Frame k of the clip stands at time code k + 1, at `fps` codes a second.  Raises SetupError
     without usd-core, InputError for an empty set, NumericalError for NaN or infinity.
     """
-    stage = _stage(times, fps, up)
+    stage = new_stage(len(times), fps, up)
     moved = move(gaussians, FROM_WORLD[_FRAMES[up]])
     prim = _define_points(stage, moved, name) if points else _define_splats(stage, moved, name)
     _animate(prim, moved, times, points, progress)
-    with fileio.atomic_path(path) as temporary:
-        if temporary.suffix == ".usdz":
-            _package(stage, temporary, name)
-        elif not stage.GetRootLayer().Export(str(temporary)):
-            raise OSError("usd-core could not write it")
+    save(stage, path, name)
 
 
 def write_cameras(
@@ -67,9 +63,9 @@ def write_cameras(
 
     Frame k of the clip is time code k + 1, as in `write`.  Raises SetupError without usd-core.
     """
-    pxr = _pxr()
-    stage = _stage(times, fps, up)
-    root = _root(stage, "cameras")
+    pxr = modules()
+    stage = new_stage(len(times), fps, up)
+    root = define_root(stage, "cameras")
     for track in tracks:
         prim = pxr.UsdGeom.Camera.Define(stage, f"{root}/{track.name}")
         place = prim.AddTransformOp()
@@ -108,7 +104,7 @@ def read(path: str | Path, frame: float | None = None) -> Gaussians3D:
 
     Raises InputError for a file that cannot be opened or holds none.
     """
-    pxr, label = _pxr(), fileio.quoted(path)
+    pxr, label = modules(), fileio.quoted(path)
     stage = _opened(path)
     prim = next((p for p in stage.Traverse() if p.IsA(pxr.UsdVol.ParticleField3DGaussianSplat)), None)
     if prim is None:
@@ -137,7 +133,7 @@ def playback(path: str | Path) -> tuple[int, float]:
 
 
 def _opened(path: str | Path) -> Any:
-    pxr, label = _pxr(), fileio.quoted(path)
+    pxr, label = modules(), fileio.quoted(path)
     if not Path(path).is_file():
         raise InputError(f"{label} does not exist")
     try:
@@ -146,7 +142,7 @@ def _opened(path: str | Path) -> Any:
         raise InputError(f"{label} is not a readable USD file") from error
 
 
-def _pxr() -> Any:
+def modules() -> Any:
     """The modules of usd-core that are used here."""
     pxr = machine.require("pxr", "usd-core")
     for name in ("Usd", "UsdGeom", "UsdUtils", "UsdVol", "Gf", "Sdf", "Tf", "Vt"):
@@ -156,21 +152,22 @@ def _pxr() -> Any:
     return pxr
 
 
-def _stage(times: Sequence[float] | np.ndarray, fps: float, up: Up) -> Any:
-    pxr = _pxr()
+def new_stage(frames: int, fps: float, up: Up) -> Any:
+    """An empty stage in metres that plays `frames` frames."""
+    pxr = modules()
     stage = pxr.Usd.Stage.CreateInMemory()
     pxr.UsdGeom.SetStageUpAxis(stage, up.upper())
     pxr.UsdGeom.SetStageMetersPerUnit(stage, 1.0)
     stage.SetTimeCodesPerSecond(fps)
     stage.SetFramesPerSecond(fps)
     stage.SetStartTimeCode(FIRST_FRAME)
-    stage.SetEndTimeCode(FIRST_FRAME + len(times) - 1)
+    stage.SetEndTimeCode(FIRST_FRAME + frames - 1)
     return stage
 
 
-def _root(stage: Any, name: str) -> str:
+def define_root(stage: Any, name: str) -> str:
     """Defines the model's root and returns where geometry goes."""
-    pxr = _pxr()
+    pxr = modules()
     root = pxr.UsdGeom.Xform.Define(stage, "/" + pxr.Tf.MakeValidIdentifier(name))
     stage.SetDefaultPrim(root.GetPrim())
     pxr.Usd.ModelAPI(root.GetPrim()).SetKind("component")
@@ -179,9 +176,9 @@ def _root(stage: Any, name: str) -> str:
 
 def _define_splats(stage: Any, gaussians: Gaussians4D, name: str) -> Any:
     """The prim with everything that does not change; sampled attributes get their default later."""
-    pxr = _pxr()
+    pxr = modules()
     v = values.of(gaussians.at(0.0))
-    splat = pxr.UsdVol.ParticleField3DGaussianSplat.Define(stage, f"{_root(stage, name)}/splats")
+    splat = pxr.UsdVol.ParticleField3DGaussianSplat.Define(stage, f"{define_root(stage, name)}/splats")
     splat.CreateOrientationsAttr(pxr.Vt.QuatfArray.FromNumpy(_f4(v.quats[:, [1, 2, 3, 0]])))
     splat.CreateScalesAttr(pxr.Vt.Vec3fArray.FromNumpy(_f4(v.scales)))
     splat.CreateRadianceSphericalHarmonicsDegreeAttr(spherical.degree_of(v.sh.shape[1]))
@@ -196,9 +193,9 @@ def _define_splats(stage: Any, gaussians: Gaussians4D, name: str) -> Any:
 
 def _define_points(stage: Any, gaussians: Gaussians4D, name: str) -> Any:
     """Points as wide as two standard deviations, in their colour of degree 0, linear as displayColor is."""
-    pxr = _pxr()
+    pxr = modules()
     v = values.of(gaussians.at(0.0))
-    points = pxr.UsdGeom.Points.Define(stage, f"{_root(stage, name)}/points")
+    points = pxr.UsdGeom.Points.Define(stage, f"{define_root(stage, name)}/points")
     points.CreateWidthsAttr(pxr.Vt.FloatArray.FromNumpy(_f4(2 * np.exp(np.log(v.scales).mean(1)))))
     rgb = (0.5 + spherical.C0 * v.sh[:, 0]).clip(0, 1)
     color = points.CreateDisplayColorPrimvar(pxr.UsdGeom.Tokens.vertex)
@@ -215,7 +212,7 @@ def _animate(
     progress: Callable[[int, int], None],
 ) -> None:
     """Sets positions, opacities and extent: a default, and a sample a frame where there are several."""
-    pxr = _pxr()
+    pxr = modules()
     where = prim.CreatePointsAttr() if points else prim.CreatePositionsAttr()
     opacity = prim.GetDisplayOpacityPrimvar().GetAttr() if points else prim.CreateOpacitiesAttr()
     extent = prim.CreateExtentAttr()
@@ -236,9 +233,18 @@ def _animate(
         progress(index + 1, len(times))
 
 
+def save(stage: Any, path: str | Path, name: str) -> None:
+    """Writes a stage as one file, whole or not at all; a .usdz holds it under `name`."""
+    with fileio.atomic_path(path) as temporary:
+        if temporary.suffix == ".usdz":
+            _package(stage, temporary, name)
+        elif not stage.GetRootLayer().Export(str(temporary)):
+            raise OSError("usd-core could not write it")
+
+
 def _package(stage: Any, temporary: Path, name: str) -> None:
     """A .usdz: usd-core wants the crate as a file, which goes again."""
-    pxr = _pxr()
+    pxr = modules()
     crate = temporary.with_name(f"{temporary.stem}.usdc")
     try:
         if not stage.GetRootLayer().Export(str(crate)):

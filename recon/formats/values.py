@@ -75,6 +75,12 @@ def gaussians(values: Values, label: str, warn: Warn = warnings.warn) -> Gaussia
     )
 
 
+def linear(rgb: np.ndarray) -> np.ndarray:
+    """What glTF and USD mean by a colour, from a display-referred one (sRGB) in 0..1; beyond it is cut off."""
+    rgb = np.clip(rgb, 0, 1)
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
 def read_bytes(path: str | Path, cap: int = FILE_CAP) -> tuple[bytes, str]:
     """The content of a splat file and its name for messages. Raises InputError."""
     return fileio.read_bytes(path, cap), fileio.quoted(path)

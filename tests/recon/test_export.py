@@ -18,9 +18,10 @@ from d2 import fileio, images
 from d2.cli.export import export as command
 from d2.errors import ConflictError, InputError, NumericalError
 from d2.recon import drawing
+from d2.recon.conversion import READERS
 from d2.recon.exports import export, find
-from d2.recon.formats import glb, ply, spz
-from d2.recon.gaussians import Gaussians4D
+from d2.recon.formats import glb, ply, spz, usd
+from d2.recon.gaussians import Gaussians3D, Gaussians4D
 from d2.recon.placement import Placement, place
 from d2.run import Run
 
@@ -311,6 +312,26 @@ def test_up_rules_over_the_custom_of_each_format(recon, gaussians):
     written = export(recon, ["ply", "spz"], time=0.0, up="z")
     for file, read in ((written["ply"], ply.read), (written["spz"], spz.read)):
         torch.testing.assert_close(read(file, "world").means, gaussians.at(0.0).means, atol=2e-4, rtol=0)
+
+
+LEAST_DB = {"ply": 45, "glb": 45, "usd": 45, "spz": 38, "splat": 38}
+
+
+@pytest.mark.parametrize("what", LEAST_DB)
+def test_pictures_of_an_exported_frame_agree_with_the_moving_source(recon, gaussians, what):
+    if what == "usd":
+        pytest.importorskip("pxr", reason="usd-core is not installed: pip install -e '.[usd]'")
+    path = export(recon, [what])[what]
+    file = path if path.is_file() else path / f"fox_0002.{what}"
+    found = usd.read(file, 2) if what == "usd" else READERS[file.suffix](file)
+    rig = drawing.orbit_rig(1.0, np.array([0.7]), 96, 96)
+
+    def picture(shown: Gaussians3D | Gaussians4D) -> np.ndarray:
+        (image,) = drawing.render_views(shown, rig.c2w, rig.K, 96, 96, [0.5], drawing.WHITE)
+        return image[..., :3].clip(0, 1)
+
+    error = np.mean((picture(found) - picture(gaussians)) ** 2)
+    assert -10 * math.log10(max(error, 1e-12)) >= LEAST_DB[what]
 
 
 @pytest.mark.parametrize(

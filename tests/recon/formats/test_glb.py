@@ -14,8 +14,9 @@ import torch
 from sets import assert_near, ordinary_set
 
 from d2.errors import InputError
-from d2.recon.formats import glb
+from d2.recon.formats import glb, mesh_glb
 from d2.recon.formats.frames import to_frame
+from d2.recon.mesh import Mesh
 
 VALIDATE = """
 const {validateBytes} = require(process.argv[1]);
@@ -62,6 +63,41 @@ def test_validator_finds_no_error_beyond_the_extension(tmp_path):
     done = subprocess.run([*call, str(tmp_path / "a.glb")], capture_output=True, text=True, timeout=60, check=True)
     errors = [issue for issue in json.loads(done.stdout)["issues"]["messages"] if issue["severity"] == 0]
     assert [error for error in errors if glb.EXTENSION not in error["pointer"]] == []  # which it does not know
+
+
+def falling_triangle(frames: int) -> list[Mesh]:
+    corners, colors = np.eye(3), np.full((3, 3), 0.5)
+    triangles, fall = np.array([[0, 1, 2]], np.int32), np.array([[0, -1.0, 0]])
+    return [Mesh(corners + k * fall, triangles, colors, np.tile(fall, (3, 1))) for k in range(frames)]
+
+
+def test_validator_finds_nothing_wrong_with_morph_targets(tmp_path):
+    call = validator()
+    for frames in (1, 4):
+        (tmp_path / "a.glb").write_bytes(mesh_glb.encode(falling_triangle(frames), 12.0))
+        done = subprocess.run([*call, str(tmp_path / "a.glb")], capture_output=True, text=True, timeout=60, check=True)
+        assert [issue for issue in json.loads(done.stdout)["issues"]["messages"] if issue["severity"] < 2] == []
+
+
+def test_weights_of_morph_targets_play_one_frame_after_the_other():
+    """Frame k is at k / fps seconds; halfway between two frames both have half the weight."""
+    document, binary = glb.unpack(mesh_glb.encode(falling_triangle(4), 12.0), "a")
+
+    def values(index: int) -> np.ndarray:
+        accessor = document["accessors"][index]
+        offset = document["bufferViews"][accessor["bufferView"]]["byteOffset"]
+        width = {"SCALAR": 1, "VEC3": 3}[accessor["type"]]
+        return np.frombuffer(binary, "<f4", accessor["count"] * width, offset).reshape(-1, width)
+
+    (primitive,), (animation,) = document["meshes"][0]["primitives"], document["animations"]
+    base = values(primitive["attributes"]["POSITION"])
+    targets = np.stack([values(target["POSITION"]) for target in primitive["targets"]])
+    (sampler,) = animation["samplers"]
+    seconds, weights = values(sampler["input"])[:, 0], values(sampler["output"]).reshape(4, 3)
+    np.testing.assert_allclose(seconds, np.arange(4) / 12, rtol=1e-6)
+    for time in (0, 0.5, 1.75, 3):
+        now = [np.interp(time / 12, seconds, weights[:, k]) for k in range(3)]
+        np.testing.assert_allclose(base + np.tensordot(now, targets, 1), np.eye(3) - [0, time, 0], atol=1e-5)
 
 
 def test_points_have_a_linear_colour_for_viewers_without_the_extension():
