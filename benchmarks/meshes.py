@@ -102,9 +102,9 @@ def _distance(a: Mesh, b: Mesh) -> float:
     """The mean distance of points of a from b."""
     vector, triples = o3d.utility.Vector3dVector, o3d.utility.Vector3iVector
     points = o3d.geometry.TriangleMesh(vector(a.vertices), triples(a.triangles)).sample_points_uniformly(SAMPLES)
-    scene = o3d.t.geometry.RaycastingScene()
-    scene.add_triangles(o3d.core.Tensor(b.vertices.astype(np.float32)), o3d.core.Tensor(b.triangles.astype(np.uint32)))
-    return float(scene.compute_distance(o3d.core.Tensor(np.asarray(points.points, np.float32))).numpy().mean())
+    scene, tensor = o3d.t.geometry.RaycastingScene(), o3d.core.Tensor.from_numpy
+    scene.add_triangles(tensor(b.vertices.astype(np.float32)), tensor(b.triangles.astype(np.uint32)))
+    return float(scene.compute_distance(tensor(np.asarray(points.points, np.float32))).numpy().mean())
 
 
 def _written(clip: Clip, folder: Path, what: str) -> float:

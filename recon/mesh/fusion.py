@@ -21,9 +21,8 @@ from d2.recon.raster.reference import ALPHA_MIN
 
 MARGIN = 1.05  # of the sphere that the cameras hold
 PIXEL = 1.5  # voxels that a pixel of the virtual cameras is wide at the object's centre
-TRUNCATION = 6.0  # voxels on each side of a surface that a depth speaks for
+TRUNCATION = 4.0  # voxels on each side of a surface that a depth speaks for
 LEAST_VIEWS = 3.0  # that must have spoken for a voxel
-HOLE = 10.0  # voxels across, up to which a hole is closed
 
 
 def fuse(
@@ -34,7 +33,7 @@ def fuse(
 ) -> Mesh:
     """The surface at one moment, in full detail, by the signed distances of median depths (Curless and Levoy 1996).
 
-    It lies about a voxel outside: the virtual cameras' pixels blur outlines as those of `rasterize` do.  Raises
+    It lies one to two voxels outside: the virtual cameras' pixels blur outlines as those of `rasterize` do.  Raises
     SetupError without Open3D and InputError where nothing is opaque.
     """
     o3d: Any = machine.require("open3d", "mesh")
@@ -88,7 +87,7 @@ class _Grid:
 
     def __init__(self, o3d: Any, voxel: float) -> None:
         f32 = o3d.core.float32
-        self._o3d, self._voxel, self.empty = o3d, voxel, True
+        self._o3d, self.empty = o3d, True
         self._grid = o3d.t.geometry.VoxelBlockGrid(
             ("tsdf", "weight", "color"), (f32, f32, f32), ((1), (1), (3)), voxel, 8, 20_000
         )
@@ -102,8 +101,7 @@ class _Grid:
         self._grid.integrate(blocks, depths, colors, *camera)
 
     def surface(self) -> Any:
-        mesh = self._grid.extract_triangle_mesh(LEAST_VIEWS)
-        return mesh.fill_holes(HOLE * self._voxel).to_legacy()
+        return self._grid.extract_triangle_mesh(LEAST_VIEWS).to_legacy()
 
 
 def _tidy(mesh: Any, settings: MeshConfig) -> Mesh:
