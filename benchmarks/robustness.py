@@ -4,8 +4,8 @@
 
 Each DATASET holds transforms_train.json and transforms_test.json (clean).  Its training pictures are perturbed, one
 kind at a time (benchmarks/perturb.py), and fitted twice with the same number of steps: with `disagreement=false` and
-with `disagreement=true`, what d2 reconstruct does with pictures that a model made.  PSNR, SSIM and flicker are those
-of the test views.  Writes benchmarks/results/robustness.json as it goes; rows that are there are kept.
+with `disagreement=true`, what d2 reconstruct does with pictures that a model made.  PSNR and SSIM are those of the
+test views.  Writes benchmarks/results/robustness.json as it goes; rows that are there are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import typer
 
-from benchmarks.perturb import KINDS, perturb
+from perturb import KINDS, perturb
 from d2 import config as configuration
 from d2 import fileio, machine
 from d2.recon import benchmark, dataset, pipeline, rig, train
