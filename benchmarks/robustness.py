@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import typer
-
 from perturb import KINDS, perturb
+
 from d2 import config as configuration
 from d2 import fileio, machine
 from d2.recon import benchmark, dataset, pipeline, rig, train
