@@ -57,7 +57,7 @@ class ReconstructConfig:
     correct_colors: bool | None = option(None, "solve for an affine colour of every picture; default no")
     correct_poses: bool | None = option(None, "solve for a small motion of every picture; default no")
     correct_times: bool | None = option(None, "solve for a shift in time of every picture; default no")
-    correct_blurs: bool | None = option(None, "solve for how soft every picture is; default: disagreement")
+    correct_blurs: bool | None = option(None, "solve for how soft every picture is; default no")
     correct_from: float = option(0.1, "fraction of the run at which these corrections start", ge=0, le=1)
     refine_rig: bool | None = option(
         None,

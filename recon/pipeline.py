@@ -34,10 +34,10 @@ FIRST_USE = {
 MODEL = "gaussians.safetensors"
 RIG = "rig.safetensors"  # the cameras that were found
 PICTURES = ("generate", "import")  # stages of a run that leave pictures with cameras
-# What pictures want that a model made, and that contradict each other: no needles, nothing faint that only one picture
-# asked for, and soft pictures told from sharp ones.  The other corrections and the rig are on request.
+# What pictures want that a model made, and that contradict each other: no needles, and nothing faint that only one
+# picture asked for.  Corrections of pictures and rig are on request.
 DISAGREEING = {
-    "min_scale": 0.5, "opacity_weight": 0.05, "correct_blurs": True, "correct_colors": False, "correct_poses": False,
+    "min_scale": 0.5, "opacity_weight": 0.05, "correct_blurs": False, "correct_colors": False, "correct_poses": False,
     "correct_times": False, "refine_rig": False,
 }  # fmt: skip
 

@@ -282,7 +282,7 @@ def test_what_a_model_made_has_its_own_defaults(finished, run_folder):
     made, true = (
         pipeline.settled(ReconstructConfig(), pipeline.is_generated(folder)) for folder in (finished, run_folder)
     )
-    assert (made.disagreement, true.disagreement) == (True, False) and made.correct_blurs
+    assert (made.disagreement, true.disagreement) == (True, False) and made.min_scale
     assert [getattr(made, name) for name in names] == [pipeline.DISAGREEING[name] for name in names]
     assert not any(getattr(true, name) for name in names)
     assert pipeline.settled(load(ReconstructConfig, {"min_scale": 0.1}), True).min_scale == 0.1
