@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open3d as o3d
 import typer
 from PIL import Image
 
@@ -32,6 +31,8 @@ from d2.recon.mesh import Mesh, advection, fusion
 from d2.recon.mesh import write as meshes
 from d2.recon.sources import find
 from d2.run import frame_time
+
+o3d: Any = machine.require("open3d", "mesh")
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 20_000
@@ -118,7 +119,7 @@ def _written(clip: Clip, folder: Path, what: str) -> float:
 def _picture(clip: Clip, usd: Path, blender: Path) -> None:
     """Splats above, the same frames by Blender below."""
     framed = drawing.framing(clip.gaussians)
-    rig = drawing.orbit_rig(0.8 * framed.radius, np.array(AZIMUTHS), SIDE, SIDE, ELEVATION)
+    rig = drawing.orbit_rig(0.88 * framed.radius, np.array(AZIMUTHS), SIDE, SIDE, ELEVATION)
     c2w = rig.c2w
     c2w[:, :3, 3] += framed.center
     splats = drawing.render_views(clip.gaussians, c2w, rig.K, SIDE, SIDE, clip.times[list(FRAMES)], drawing.WHITE)

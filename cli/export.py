@@ -53,7 +53,7 @@ def export(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: format to path.")] = False,
 ) -> None:
-    """Write a reconstruction in the formats other programs open: splats, USD, a page, a turntable video."""
+    """Write a reconstruction in the formats other programs open: splats, USD, meshes, a page, a turntable video."""
     from d2.cli import bars
     from d2.config import load
     from d2.recon.exports import export as export_asset

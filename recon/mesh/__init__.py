@@ -15,7 +15,7 @@ class MeshConfig:
 
     voxels: int = option(192, "voxels along the longest side of the object", ge=16, le=1024)
     cameras: int = option(64, "virtual cameras around the object", ge=12, le=1000)
-    smoothing: int = option(8, "rounds of smoothing that keep the volume", ge=0, le=1000)
+    smoothing: int = option(12, "rounds of smoothing that keep the volume", ge=0, le=1000)
     least_part: float = option(0.05, "a part with fewer triangles than this share of the largest goes", ge=0, le=1)
     triangles: int = option(40_000, "triangles that a written mesh is reduced to; 0 = as fused", ge=0, le=10_000_000)
     moment: float | None = option(

@@ -21,8 +21,9 @@ from d2.recon.raster.reference import ALPHA_MIN
 
 MARGIN = 1.05  # of the sphere that the cameras hold
 PIXEL = 1.5  # voxels that a pixel of the virtual cameras is wide at the object's centre
-TRUNCATION = 4.0  # voxels on each side of a surface that a depth speaks for
+TRUNCATION = 6.0  # voxels on each side of a surface that a depth speaks for
 LEAST_VIEWS = 3.0  # that must have spoken for a voxel
+HOLE = 10.0  # voxels across, up to which a hole is closed
 
 
 def fuse(
@@ -33,7 +34,7 @@ def fuse(
 ) -> Mesh:
     """The surface at one moment, in full detail, by the signed distances of median depths (Curless and Levoy 1996).
 
-    It lies one to two voxels outside: the virtual cameras' pixels blur outlines as those of `rasterize` do.  Raises
+    It lies about a voxel outside: the virtual cameras' pixels blur outlines as those of `rasterize` do.  Raises
     SetupError without Open3D and InputError where nothing is opaque.
     """
     o3d: Any = machine.require("open3d", "mesh")
@@ -87,7 +88,7 @@ class _Grid:
 
     def __init__(self, o3d: Any, voxel: float) -> None:
         f32 = o3d.core.float32
-        self._o3d, self.empty = o3d, True
+        self._o3d, self._voxel, self.empty = o3d, voxel, True
         self._grid = o3d.t.geometry.VoxelBlockGrid(
             ("tsdf", "weight", "color"), (f32, f32, f32), ((1), (1), (3)), voxel, 8, 20_000
         )
@@ -101,15 +102,34 @@ class _Grid:
         self._grid.integrate(blocks, depths, colors, *camera)
 
     def surface(self) -> Any:
-        return self._grid.extract_triangle_mesh(LEAST_VIEWS).to_legacy()
+        """Open3D's legacy mesh, small holes closed."""
+        mesh = self._grid.extract_triangle_mesh(LEAST_VIEWS)
+        before, mesh = mesh.to_legacy(), mesh.fill_holes(HOLE * self._voxel).to_legacy()
+        triangles, normals = np.array(mesh.triangles), np.asarray(mesh.vertex_normals)
+        a, b, c = (np.asarray(mesh.vertices)[triangles[:, k]] for k in range(3))
+        inward = (np.cross(b - a, c - a) * normals[triangles].sum(1)).sum(1) < 0
+        wrong = inward & ~_rows_in(triangles, np.asarray(before.triangles))  # what closes a hole faces either way
+        triangles[wrong] = triangles[wrong][:, ::-1]
+        mesh.triangles = self._o3d.utility.Vector3iVector(triangles)
+        return mesh
+
+
+def _rows_in(rows: np.ndarray, others: np.ndarray) -> np.ndarray:  # [n, 3], [m, 3] of indices -> bool [n]
+    """Which triangles have the corners, in any order, of one of the others."""
+    both = np.sort(np.concatenate([rows, others]), axis=1)
+    _, number = np.unique(both, axis=0, return_inverse=True)
+    return np.isin(number[: len(rows)], number[len(rows) :])
 
 
 def _tidy(mesh: Any, settings: MeshConfig) -> Mesh:
-    """Without floaters, and smoothed."""
+    """Without floaters and cavities, and smoothed."""
     part, sizes, _ = (np.asarray(values) for values in mesh.cluster_connected_triangles())
     if len(sizes) == 0:
         raise InputError("there is no surface to mesh: it is smaller than a voxel or seen by too few cameras")
-    mesh.remove_triangles_by_mask(sizes[part] < settings.least_part * sizes.max())
+    a, b, c = (np.asarray(mesh.vertices)[np.asarray(mesh.triangles)[:, k]] for k in range(3))
+    volumes = np.bincount(part, (np.cross(a, b) * c).sum(1))  # negative for the wall of a cavity, which nothing shows
+    small = sizes < settings.least_part * sizes.max()
+    mesh.remove_triangles_by_mask((small | (volumes < 0))[part])
     mesh.remove_unreferenced_vertices()
     return _mesh(mesh.filter_smooth_taubin(settings.smoothing))
 

@@ -77,7 +77,7 @@ def moving_ball() -> Gaussians4D:
     )
 
 
-def spinning_ball(count: int = 3000, turn: float = 1.0, radius: float = 0.4) -> Gaussians4D:
+def spinning_ball(count: int = 6000, turn: float = 1.0, radius: float = 0.4) -> Gaussians4D:
     """A ball that turns about z by `turn` rad during the clip; its Gaussians lie flat on it and live a tenth of it."""
     g = torch.Generator().manual_seed(0)
     outward = torch.nn.functional.normalize(torch.randn(count, 3, generator=g), dim=-1)
@@ -89,7 +89,7 @@ def spinning_ball(count: int = 3000, turn: float = 1.0, radius: float = 0.4) -> 
         times=1.4 * torch.rand(count, generator=g) - 0.2,  # as many at the ends of the clip as within
         log_durations=torch.full((count,), math.log(0.1)),
         quats=torch.nn.functional.normalize(quats, dim=-1),
-        log_scales=torch.log(torch.tensor([0.07, 0.07, 0.005]) * radius / 0.4).repeat(count, 1),
+        log_scales=torch.log(torch.tensor([0.035, 0.035, 0.004]) * radius / 0.4).repeat(count, 1),
         opacity_logits=torch.full((count,), 4.0),
         sh=(0.5 * outward / 0.28209479177387814)[:, None],
     )

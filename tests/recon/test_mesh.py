@@ -81,16 +81,16 @@ def test_median_depth_of_a_slanted_plane_is_the_plane():
     np.testing.assert_allclose(depth[8:-8, 8:-8], expected[8:-8, 8:-8], rtol=0.006)
 
 
-def test_a_fused_ball_is_a_ball_of_its_size_and_colours_with_few_holes(fused):
+def test_a_fused_ball_is_a_ball_without_holes_of_its_size_and_colours(fused):
     for mesh in fused:
         radii = np.linalg.norm(mesh.vertices, axis=1)
         voxel = 2 * RADIUS / COARSE.voxels
-        assert 0 < radii.mean() - RADIUS < 2 * voxel and radii.std() < 0.4 * voxel  # blurred outlines swell it
+        assert 0 < radii.mean() - RADIUS < 1.6 * voxel and radii.std() < 0.4 * voxel  # blurred pixels swell it
         edges = np.sort(mesh.triangles[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
-        open_edges = (np.unique(edges, axis=0, return_counts=True)[1] == 1).mean()
-        assert open_edges < 0.03, open_edges
+        assert (np.unique(edges, axis=0, return_counts=True)[1] != 2).mean() < 0.01  # an edge has two triangles
         outward = mesh.vertices / radii[:, None]
-        assert ((advection.normals(mesh.vertices, mesh.triangles) * outward).sum(1) > 0.9).mean() > 0.98
+        facing = (advection.normals(mesh.vertices, mesh.triangles) * outward).sum(1)
+        assert np.quantile(facing, 0.03) > 0.85  # slivers that close a hole may lean
     still = fused[0]  # at time 0 every Gaussian that is seen has its own colour near its own place
     expected = 0.5 + 0.5 * still.vertices / RADIUS
     assert np.abs(still.colors - expected.clip(0, 1)).mean() < 0.06
@@ -106,21 +106,22 @@ def test_floaters_go_and_parts_stay(ball):
         tensors = zip(*(part.tensors().items() for part in parts), strict=True)
         return Gaussians4D(**{group[0][0]: torch.cat([tensor for _, tensor in group]) for group in tensors})
 
-    mesh = fusion.fuse(joined(ball, beside(1.0, 0.6, 600), beside(-0.8, 0.05, 20)), 0.5, COARSE)
+    mesh = fusion.fuse(joined(ball, beside(1.0, 0.6, 5000), beside(-0.8, 0.05, 200)), 0.5, COARSE)
     x = mesh.vertices[:, 0]
-    assert x.min() > -0.5 and 0.1 < (x > 0.6).mean() < 0.5
+    assert x.min() > -0.7 and 0.1 < (x > 0.6).mean() < 0.5
 
 
 def test_reducing_keeps_the_ball(fused):
     small = fusion.reduced(fused[1], 600)
     assert 500 < len(small.triangles) <= 600 and fusion.reduced(small, 0) is small
-    assert np.abs(np.linalg.norm(small.vertices, axis=1) - RADIUS).max() < 3 * (2 * RADIUS / COARSE.voxels)
+    assert np.abs(np.linalg.norm(small.vertices, axis=1) - RADIUS).max() < 2.5 * (2 * RADIUS / COARSE.voxels)
 
 
 def test_nothing_opaque_is_one_line(ball):
-    faint = dataclasses.replace(ball, opacity_logits=torch.full((len(ball),), -7.0))
-    with pytest.raises(InputError, match="no surface to mesh"):
-        fusion.fuse(faint, 0.5, COARSE)
+    for logit in (-4.5, -9.0):  # too faint together, and each for itself
+        faint = dataclasses.replace(ball, opacity_logits=torch.full((len(ball),), logit))
+        with pytest.raises(InputError, match="no surface to mesh"):
+            fusion.fuse(faint, 0.5, COARSE)
 
 
 # -- one mesh for the clip -------------------------------------------------------------------------------
