@@ -169,10 +169,17 @@ class _Job:
         path = self.folder / RIG
         if afresh:
             anchor = int((self.data.views == self.data.views.max()).nonzero()[0]) if is_run(self.path) else 0
-            refined, found = rig.refine(self.data.to(self.device), self.settings, anchor, self.observer.message)
+            refined, found = rig.refine(
+                self.data, self.settings, anchor, self.device, self.observer.message, self._require_going_on
+            )
             rig.save(path, refined, found)
             self.observer.message(f"Rig: {found}")
         self.data, self.rig = rig.load(path, self.data)
+
+    def _require_going_on(self) -> None:
+        signum = self.should_stop()
+        if signum:
+            raise Stopped(f"stopped while the rig was refined; begin again with: {self.resume_command}", signum)
 
     def _start(self) -> train.State:
         masks = self.data.has_alpha or self.data.plain_background

@@ -24,6 +24,7 @@ from d2.errors import InputError
 from d2.recon import hull, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.dataset import Dataset
+from d2.recon.gaussians import Gaussians4D
 
 PROBE_SIZE, PROBE_STEPS, PROBE_GAUSSIANS = 64, 400, 3000
 REFINE_SIZE, REFINE_STEPS, REFINE_GAUSSIANS = 128, 2500, 12000
@@ -66,28 +67,27 @@ class Found:
 class Learned:
     """The parameters of a rig around a believed one, in usual sizes, and their optimiser."""
 
-    def __init__(self, data: Dataset) -> None:
+    def __init__(self, data: Dataset, device: torch.device | str = "cpu") -> None:
         centre, self.half_side = hull.scene_box(data)
-        self.centre = torch.from_numpy(centre).float()
-        device = data.viewmats.device
+        self.centre = torch.from_numpy(centre).float().to(device)
         self.shared = torch.zeros(2, device=device, requires_grad=True)  # elevation, ln focal
         self.poses = torch.zeros(int(data.views.max()) + 1, 6, device=device, requires_grad=True)  # turn, move
         self.adam = torch.optim.Adam([self.shared, self.poses], lr=LR, betas=(0.9, 0.99))
 
     def viewmats(self, data: Dataset, cells: Tensor) -> Tensor:
         """World to camera [C, 4, 4] of some cells, with the field of view in it: x and y scaled, so that Ks stay."""
-        moved, depth = self._moved(data, cells)
+        moved, depth = self._moved(data, cells, self.shared[0])
         k = torch.exp(LOG_FOCAL * self.shared[1])
         nearer = moved.clone()
         nearer[:, 2, 3] = moved[:, 2, 3] + depth * (k - 1)
         return nearer * torch.stack([k, k, torch.ones_like(k), torch.ones_like(k)])[:, None]
 
-    def _moved(self, data: Dataset, cells: Tensor) -> tuple[Tensor, Tensor]:
+    def _moved(self, data: Dataset, cells: Tensor, elevation: Tensor | float) -> tuple[Tensor, Tensor]:
         """Rigid [C, 4, 4] by elevation and poses, about the scene's centre in the camera's axes; and its depth [C]."""
         viewmats, poses = data.viewmats[cells], POSE * self.poses[data.views[cells]]
         R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
         at = R @ self.centre + t
-        turns = poses[:, :3] + ELEVATION * self.shared[0] * torch.tensor([1.0, 0, 0], device=t.device)
+        turns = poses[:, :3] + ELEVATION * elevation * torch.tensor([1.0, 0, 0], device=t.device)
         x, y, z = turns.unbind(-1)
         zero = torch.zeros_like(x)
         turn = torch.linalg.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).view(-1, 3, 3))
@@ -105,83 +105,93 @@ class Learned:
         self.adam.zero_grad()
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Rounds what is too small to tell from none."""
-        least = torch.tensor([LEAST_ELEVATION / ELEVATION, LEAST_LOG_FOCAL / LOG_FOCAL])
-        self.shared.data *= self.shared.abs() > least.to(self.shared.device)
-
-    @torch.no_grad()
     def applied(self, data: Dataset) -> Dataset:
-        """The dataset with the cameras as learned, at their old distance."""
-        viewmats, _ = self._moved(data, torch.arange(len(data), device=data.views.device))
+        """The dataset with the cameras as learned, at their old distance; on its own device."""
+        here = self.centre.device
+        elevation, log_focal = self._told()
+        viewmats, _ = self._moved(data.to(here), torch.arange(len(data), device=here), elevation)
         Ks = data.Ks.clone()
-        Ks[:, [0, 1], [0, 1]] *= torch.exp(LOG_FOCAL * self.shared[1])
-        return replace(data, viewmats=viewmats, Ks=Ks)
+        Ks[:, [0, 1], [0, 1]] *= math.exp(LOG_FOCAL * log_focal)
+        return replace(data, viewmats=viewmats.to(data.viewmats.device), Ks=Ks)
+
+    def found(self, is_mirrored: bool) -> Found:
+        """What was learned, for people."""
+        elevation, log_focal = self._told()
+        turn = float(POSE * self.poses.detach()[:, :3].norm(dim=1).max())
+        return Found(is_mirrored, math.exp(LOG_FOCAL * log_focal), ELEVATION * elevation, turn)
+
+    def _told(self) -> tuple[float, float]:
+        """Elevation and ln focal length in usual sizes, 0 where they are too small to tell from none."""
+        elevation, log_focal = self.shared.detach().tolist()
+        return (
+            elevation if abs(ELEVATION * elevation) > LEAST_ELEVATION else 0.0,
+            log_focal if abs(LOG_FOCAL * log_focal) > LEAST_LOG_FOCAL else 0.0,
+        )
 
 
 def refine(
-    data: Dataset,
+    data: Dataset,  # on the CPU
     config: ReconstructConfig,
     anchor: int,
+    device: torch.device | str = "cpu",
     message: Callable[[str], None] = lambda text: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> tuple[Dataset, Found]:
     """The dataset with the rig that explains its pictures best, and what that is.
 
-    `anchor` is the cell whose azimuth is right by definition: an orbit is mirrored about it.  A function of its
-    arguments alone.  What does not make the coarse fit better is left as it was believed.
+    `anchor` is the cell whose azimuth is right by definition: an orbit is mirrored about it.  Elevation and focal
+    length too near to what was believed to be told from it are left.  What `after_step` raises ends it.
     """
-    small = data.shrunk(PROBE_SIZE)
+
+    def fitted(cells: Dataset, steps: int, gaussians: int, learned: Learned | None = None) -> Gaussians4D:
+        state = train.start(cells, _coarse(config, steps, gaussians), device)
+        state.rig = learned
+        return train.fit(
+            state, cells.to(device), _coarse(config, steps, gaussians), lambda state, progress: after_step()
+        )
+
+    def explained(cells: Dataset) -> float:
+        model = fitted(cells, PROBE_STEPS, PROBE_GAUSSIANS)
+        sample = torch.linspace(0, len(cells) - 1, min(SAMPLE, len(cells))).round().long()
+        return train.evaluate_psnr(model, cells.subset(sample).to(device), _coarse(config, 1, 1))
+
     message("Probing which way the orbit turns")
-    straight, other = (
-        coarse_fit(each, config, PROBE_STEPS, PROBE_GAUSSIANS)[1] for each in (small, mirrored(small, anchor))
-    )
-    is_mirrored = other > straight + CLEARLY
+    small = data.shrunk(PROBE_SIZE)
+    is_mirrored = explained(mirrored(small, anchor)) > explained(small) + CLEARLY
     if is_mirrored:
         data = mirrored(data, anchor)
     message("Refining field of view, elevation and the views' poses")
     medium = data.shrunk(REFINE_SIZE)
-    learned = Learned(medium)
-    coarse_fit(medium, config, REFINE_STEPS, REFINE_GAUSSIANS, learned)
-    learned.settle()
-    focal = float(torch.exp(LOG_FOCAL * learned.shared.detach()[1]))
-    turn = float(POSE * learned.poses.detach()[:, :3].norm(dim=1).max())
-    return learned.applied(data), Found(is_mirrored, focal, float(ELEVATION * learned.shared.detach()[0]), turn)
+    learned = Learned(medium, device)
+    fitted(medium, REFINE_STEPS, REFINE_GAUSSIANS, learned)
+    return learned.applied(data), learned.found(is_mirrored)
 
 
-def coarse_fit(
-    data: Dataset, config: ReconstructConfig, steps: int, gaussians: int, learned: Learned | None = None
-) -> tuple[train.State, float]:
-    """A quick fit, and its PSNR in dB on pictures that it was trained on."""
-    settings = replace(
+def _coarse(config: ReconstructConfig, steps: int, gaussians: int) -> ReconstructConfig:
+    """A quick fit of all cells as they are, small Gaussians not made brighter by being widened."""
+    return replace(
         config, iterations=steps, start_gaussians=gaussians, max_gaussians=gaussians, sh_degree=0, holdout=0,
         coarse_until=0.0, average_over=0, validate_every=steps, correct_colors=False, correct_poses=False,
         correct_times=False, correct_blurs=False, antialiased=True,
     )  # fmt: skip
-    state = train.start(data, settings, data.images.device)
-    state.rig = learned
-    train.fit(state, data, settings)
-    sample = torch.linspace(0, len(data) - 1, min(SAMPLE, len(data))).round().long()
-    if learned is not None:
-        data = replace(data, viewmats=learned.viewmats(data, torch.arange(len(data))).detach())
-    return state, train.evaluate_psnr(state.gaussians, data.subset(sample), settings)
 
 
 def mirrored(data: Dataset, anchor: int) -> Dataset:
     """The same pictures from an orbit that turns the other way: azimuths about +z reflected about the anchor's."""
     centre = torch.from_numpy(hull.scene_box(data)[0])
-    offset = data.camera_centres().double().cpu() - centre
+    offset = data.camera_centres().double() - centre
     azimuth = torch.atan2(offset[:, 1], offset[:, 0])
     turn = 2 * (azimuth - azimuth[anchor])  # the world turns by as much as each camera goes back
     cos, sin, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
     R = torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], -1).view(-1, 3, 3)
     motion = torch.eye(4, dtype=torch.float64).repeat(len(turn), 1, 1)
     motion[:, :3, :3], motion[:, :3, 3] = R, centre - (R @ centre[:, None])[..., 0]
-    return replace(data, viewmats=(data.viewmats.double() @ motion.to(data.viewmats.device)).float())
+    return replace(data, viewmats=(data.viewmats.double() @ motion).float())
 
 
 def save(path: Path, data: Dataset, found: Found) -> None:
     """The cameras of a refined dataset, and what was found, in one file."""
-    tensors = {"viewmats": data.viewmats.cpu(), "Ks": data.Ks.cpu()}
+    tensors = {"viewmats": data.viewmats, "Ks": data.Ks}
     fileio.write_tensors(path, tensors, {"found": json.dumps(found.as_dict())})
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from d2.config import load
-from d2.errors import InputError
-from d2.recon import dataset, rig
+from d2.errors import InputError, Stopped
+from d2.recon import dataset, pipeline, rig
 from d2.recon.config import ReconstructConfig
 
 ANCHOR = 20  # a cell of the last view
@@ -59,7 +59,7 @@ def test_an_orbit_that_turns_the_other_way_is_found_and_comes_back_from_its_file
     }.items():
         monkeypatch.setattr(rig, name, value)
     told = []
-    refined, found = rig.refine(rig.mirrored(data, ANCHOR), load(ReconstructConfig, {}), ANCHOR, told.append)
+    refined, found = rig.refine(rig.mirrored(data, ANCHOR), load(ReconstructConfig, {}), ANCHOR, message=told.append)
     assert found.mirrored and "the other way" in str(found) and len(told) == 2
     turns = refined.viewmats[:, :3, :3] @ data.viewmats[:, :3, :3].mT
     assert float(turns.diagonal(dim1=1, dim2=2).sum(1).min()) > 1 + 2 * math.cos(math.radians(5))
@@ -78,3 +78,9 @@ def test_cameras_that_stand_lower_than_believed_are_found(data, monkeypatch):
     wrong.shared.data[0] = math.radians(8) / rig.ELEVATION
     _, found = rig.refine(wrong.applied(data), load(ReconstructConfig, {}), ANCHOR)
     assert math.degrees(found.elevation) == pytest.approx(-8, abs=3)
+
+
+def test_a_signal_ends_the_refining_with_the_command_that_begins_again(run_folder, tmp_path):
+    with pytest.raises(Stopped, match="begin again with: d2 reconstruct") as stopped:
+        pipeline.reconstruct(run_folder, tmp_path / "out", sets=("refine_rig=true",), should_stop=lambda: 15)
+    assert stopped.value.exit_code == 143 and not (tmp_path / "out/recon/main/rig.safetensors").exists()
