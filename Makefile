@@ -18,7 +18,7 @@ demo: venv
 	$(BIN)/d2 run tests/data/toy.png --preset tiny --reconstruct-preset fast --out runs/toy --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Needs chromium (Debian: apt-get install --no-install-recommends chromium).  Where npm is there, accessibility and the
 # types of the modules are checked too.

@@ -43,6 +43,7 @@ def packed(state: State, extra: dict[str, int | str]) -> tuple[dict[str, torch.T
             tensors |= {f"{kind}.{name}": tensor for name, tensor in model.tensors().items()}
     if state.corrections is not None:
         tensors |= {f"corrections.{kind}": value for kind, value in state.corrections.values.items()}
+        tensors |= {f"noise.{kind}": variance for kind, variance in state.corrections.noise.items()}
         tensors["centre"] = state.corrections.centre
     scalars = {
         "iteration": state.iteration,
@@ -91,9 +92,12 @@ def unpacked(
         model = _under(tensors, f"{kind}.")
         if model:
             setattr(state, kind, Gaussians4D.checked(model, label).map(lambda x: x.to(device)))
-    values = {kind: value.to(device) for kind, value in _under(tensors, "corrections.").items()}
+    values, noise = (
+        {kind: value.to(device) for kind, value in _under(tensors, prefix).items()}
+        for prefix in ("corrections.", "noise.")
+    )
     if values:
-        state.corrections = Corrections(values, tensors["centre"].to(device), state.half_side)
+        state.corrections = Corrections(values, noise, tensors["centre"].to(device), state.half_side)
     return state, dict(scalars["extra"])
 
 

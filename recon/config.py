@@ -23,6 +23,7 @@ class ReconstructConfig:
     grow_from: float = option(0.03, "fraction of the run at which growing starts", ge=0, le=1)
     grow_until: float = option(0.5, "fraction of the run at which growing ends", ge=0, le=1)
     grow_every: int = option(200, "steps between two rounds of prune and grow", ge=1)
+    opacity_reset_every: int = option(0, "steps between two resets of opacities while growing; 0 = never", ge=0)
     prune_opacity: float = option(0.01, "a Gaussian fainter than this at its best moment goes", ge=0, lt=1)
 
     min_scale: float | None = option(
@@ -33,6 +34,13 @@ class ReconstructConfig:
         le=100,
     )
 
+    charbonnier: float = option(0.0, "color error below which the loss is squared, not absolute; 0 = L1", ge=0, le=1)
+    trim: float = option(0.0, "share of a picture's pixels, the worst, that teach nothing", ge=0, lt=1)
+    others_weight: float = option(
+        1.0, "weight of pictures that are neither of the input's view nor of the moment the views came from", gt=0, le=1
+    )
+    lpips_weight: float = option(0.0, "weight of LPIPS, which needs its weights", ge=0)
+    lpips: str = option("", "file with the weights of LPIPS (safetensors)")
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
     mask_weight: float = option(0.3, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)

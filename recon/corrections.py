@@ -27,7 +27,7 @@ SOLVE_SIZE = 64  # pixels of the longer side that poses and moments are solved a
 TIME_STEP = 0.01  # of the clip, of the difference that stands for a derivative
 # kind -> numbers a picture has of it, how large they usually are (standard deviation of the prior), and the part of a
 # picture whose residual says one thing: errors of a model are not white.
-KINDS = {"colors": (6, 0.1, 0.024), "poses": (6, 0.03, 0.016), "times": (1, 0.02, 0.016), "blurs": (1, 0.5, 0.004)}
+KINDS = {"colors": (6, 0.1, 0.0004), "poses": (6, 0.03, 0.016), "times": (1, 0.02, 0.008), "blurs": (1, 0.5, 0.004)}
 FIELDS = {"colors": "correct_colors", "poses": "correct_poses", "times": "correct_times", "blurs": "correct_blurs"}
 SHARP = 0.2  # the share of pictures whose sharpness counts as sharp
 
@@ -46,6 +46,7 @@ class Corrections:
     """The corrections [n, …] of n training pictures, by kind, as their last visits left them."""
 
     values: dict[str, Tensor]
+    noise: dict[str, Tensor]  # [n, …] variances of those that are aligned, 0 before a picture's first visit
     centre: Tensor  # [3] world, that poses turn about
     half_side: float  # world, that poses move in
 
@@ -54,7 +55,8 @@ class Corrections:
         """Zero ones of the kinds that the configuration asks for; None where it asks for none."""
         kinds = [kind for kind, field in FIELDS.items() if getattr(config, field)]
         values = {kind: torch.zeros(len(data), KINDS[kind][0], device=centre.device) for kind in kinds}
-        return cls(values, centre, half_side) if values else None
+        noise = {kind: torch.zeros_like(value) for kind, value in values.items() if kind != "blurs"}
+        return cls(values, noise, centre, half_side) if values else None
 
     def of_picture(self, k: int, data: Dataset) -> Correction:
         """Picture k's correction, less what pictures of its moment have in common."""
@@ -66,9 +68,17 @@ class Corrections:
                 found[kind] = found[kind] - self.values[kind][peers].mean(0)
         if "poses" in found:
             found["poses"] = found["poses"] - self._common_motion(k, peers, data)
+        for kind in self.noise:
+            found[kind] = self._told(kind) * found[kind]
         if "blurs" in found:
             found["blurs"] = (found["blurs"] - self.values["blurs"].quantile(SHARP)).clamp_min(0)
         return Correction(**found)
+
+    def _told(self, kind: str) -> Tensor:
+        """The share [numbers] of the values that is not noise: what James and Stein (1961) would believe of them."""
+        visited = (self.noise[kind] > 0).any(1)
+        noise, values = self.noise[kind][visited], self.values[kind][visited]
+        return (1 - noise.mean(0) / values.square().mean(0).clamp_min(1e-12)).nan_to_num(0.0).clamp_min(0)
 
     def _common_motion(self, k: int, peers: Tensor, data: Dataset) -> Tensor:
         """The part [6] of k's pose that no picture can tell: the object moved, or all cameras nearer or higher.
@@ -111,7 +121,7 @@ class Corrections:
         """Solves for picture k's correction again."""
         x, y = torch.cat([image, alpha], -1), data.images[k] / 255
         if "colors" in self.values:
-            self.values["colors"][k] = _colors(x, y)
+            self.values["colors"][k], self.noise["colors"][k] = _colors(x, y)
         mapped = corrected(x, self.of_picture(k, data)._replace(blurs=None))
         if "blurs" in self.values:
             self.values["blurs"][k] = _blur(mapped, y)
@@ -133,10 +143,15 @@ class Corrections:
             columns["times"] = F.pad(later - now, (0, 1))[None] / TIME_STEP
         J = torch.cat(list(columns.values())).flatten(1)  # [unknowns, pixels · 4]
         prior = torch.cat([_prior(kind, x, y).expand(len(c)) for kind, c in columns.items()])
-        current = torch.cat([self.values[kind][k] for kind in columns])
-        step = torch.linalg.solve(J @ J.T + torch.diag(prior), J @ (y - x).flatten() - prior * current)
-        for kind, part in zip(columns, step.split([len(c) for c in columns.values()]), strict=True):
-            self.values[kind][k] += part.clamp(-KINDS[kind][1], KINDS[kind][1])  # the pictures are linear that far
+        current = torch.cat([getattr(self.of_picture(k, data), kind) for kind in columns])
+        precision = J @ J.T + torch.diag(prior)
+        step = torch.linalg.solve(precision, J @ (y - x).flatten() - prior * current)
+        usual = torch.cat([torch.full((len(c),), KINDS[kind][1]) for kind, c in columns.items()]).to(x)
+        noise = torch.linalg.inv(precision).diagonal() * prior * usual**2
+        sizes = [len(c) for c in columns.values()]
+        moved = current + step.clamp(-usual, usual)  # the pictures are linear that far
+        for kind, value, variance in zip(columns, moved.split(sizes), noise.split(sizes), strict=True):
+            self.values[kind][k], self.noise[kind][k] = value, variance
 
     def _pose_columns(self, x: Tensor, gaussians: Gaussians4D, viewmat: Tensor, K: Tensor, time: Tensor) -> Tensor:
         """How the render changes [6, h, w, 4] with a motion of the scene, from its depth and its slopes."""
@@ -166,13 +181,15 @@ def corrected(layers: Tensor, correction: Correction) -> Tensor:  # [H, W, 4] pr
     return layers
 
 
-def _colors(x: Tensor, y: Tensor) -> Tensor:
-    """Gain - 1 and offset [6] that take x nearest to y."""
+def _colors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain - 1 and offset [6] that take x nearest to y, and their variances [6]."""
     columns = torch.stack([x[..., :3], x[..., 3:].expand_as(x[..., :3])]).flatten(1, 2)  # [2, HW, 3]
     normal = torch.einsum("ipc,jpc->cij", columns, columns)
-    normal += _prior("colors", x, y) * torch.eye(2, device=x.device)
+    prior = _prior("colors", x, y)
+    covariance = torch.linalg.inv(normal + prior * torch.eye(2, device=x.device))
     right = torch.einsum("ipc,pc->ci", columns, (y - x)[..., :3].flatten(0, 1))
-    return torch.linalg.solve(normal, right).T.flatten()
+    values = torch.einsum("cij,cj->ic", covariance, right).flatten()
+    return values, covariance.diagonal(dim1=1, dim2=2).T.flatten() * prior * KINDS["colors"][1] ** 2
 
 
 def _blur(x: Tensor, y: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Dataset:
     background: Tensor  # [3] colour behind the object in images without alpha
     plain_background: bool  # whether image borders agree on that colour
     names: tuple[str, ...]  # file paths, for messages
+    weights: Tensor | None = None  # [n] how much each picture counts in a fit; None: all the same
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,6 +63,8 @@ class Dataset:
     def subset(self, index: Tensor) -> Dataset:
         """Some of the cells, in the order of `index` [m]."""
         picked = {k: getattr(self, k)[index] for k in ("images", "viewmats", "Ks", "times", "views")}
+        if self.weights is not None:
+            picked["weights"] = self.weights[index]
         return replace(self, **picked, names=tuple(self.names[i] for i in index.tolist()))
 
     def on(self, background: Tensor) -> Dataset:  # [3]

@@ -1,11 +1,13 @@
 """The photometric loss, L1 + SSIM + mask, with its gradient: numba kernels on CPU, a torch twin for CUDA and tests.
 
 loss = (1 - λ) mean|x - y| + λ (1 - SSIM(x, y)) + μ mean|A - Â|, x and y composited on the step's background.
+Charbonnier (1994) takes √(d² + ε²) - ε for |d|: the mean of what disagrees by less than ε, and the median beyond.
 SSIM: Wang et al. 2004 with the 11-tap Gaussian window (σ 1.5), zero padding, as 3D Gaussian Splatting uses it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
+SHARPEST = 1e-9  # Charbonnier's width that stands for L1
 f4 = np.float32
 _taps = np.exp(-((np.arange(WINDOW) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
 TAPS = (_taps / _taps.sum()).astype(f4)
@@ -29,19 +32,21 @@ def photometric_loss(
     background: Tensor,  # [3] put behind both
     ssim_weight: float,  # λ
     mask_weight: float,  # μ
+    charbonnier: float = 0.0,  # ε
 ) -> Tensor:
     """The scalar loss; picks the kernels on CPU and the twin elsewhere."""
     if image.device.type == "cpu" and image.dtype == torch.float32:
-        return _Photometric.apply(image, alpha, target, background, ssim_weight, mask_weight)  # type: ignore[return-value]
-    return photometric_loss_reference(image, alpha, target, background, ssim_weight, mask_weight)
+        return _Photometric.apply(image, alpha, target, background, ssim_weight, mask_weight, charbonnier)  # type: ignore[return-value]
+    return photometric_loss_reference(image, alpha, target, background, ssim_weight, mask_weight, charbonnier)
 
 
-def photometric_loss_reference(image, alpha, target, background, ssim_weight, mask_weight) -> Tensor:
+def photometric_loss_reference(image, alpha, target, background, ssim_weight, mask_weight, charbonnier=0.0) -> Tensor:
     """The twin: same arguments, plain torch, differentiated by autograd."""
     truth = target.to(image.dtype) / 255
     x = image + (1 - alpha[..., None]) * background
     y = truth[..., :3] + (1 - truth[..., 3:]) * background
-    loss = (1 - ssim_weight) * (x - y).abs().mean() + mask_weight * (alpha - truth[..., 3]).abs().mean()
+    distance = ((x - y).square() + charbonnier**2).sqrt() - charbonnier if charbonnier else (x - y).abs()
+    loss = (1 - ssim_weight) * distance.mean() + mask_weight * (alpha - truth[..., 3]).abs().mean()
     return loss + ssim_weight * (1 - ssim(x, y)) if ssim_weight else loss
 
 
@@ -90,12 +95,13 @@ class _Soften(torch.autograd.Function):
 
 class _Photometric(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image, alpha, target, background, ssim_weight, mask_weight) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, image, alpha, target, background, ssim_weight, mask_weight, charbonnier) -> Tensor:  # type: ignore[override]
         height, width = alpha.shape
         arrays = [np.ascontiguousarray(x.detach().numpy()) for x in (image, alpha, target, background)]
         planes = np.empty((15, height, width), f4)
         g_image, g_alpha = np.zeros((height, width, 3), f4), np.zeros((height, width), f4)
-        loss = _absolute(*arrays, f4(1 - ssim_weight), f4(mask_weight), planes, g_image, g_alpha).sum()
+        weights = f4(1 - ssim_weight), f4(mask_weight), f4(max(charbonnier, SHARPEST))
+        loss = _absolute(*arrays, *weights, planes, g_image, g_alpha).sum()
         if ssim_weight:
             scratch, gradient = np.empty_like(planes), np.empty((9, height, width), f4)
             _blur(planes, scratch)
@@ -110,7 +116,7 @@ class _Photometric(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
         g_image, g_alpha = ctx.gradients
-        return g_image * g, g_alpha * g, None, None, None, None
+        return g_image * g, g_alpha * g, None, None, None, None, None
 
 
 @njit(fastmath=FAST)
@@ -120,8 +126,8 @@ def _signed(weight, x):
 
 
 @njit(parallel=True, fastmath=FAST, cache=True)
-def _absolute(image, alpha, target, background, weight, mask_weight, planes, g_image, g_alpha):
-    """L1 terms per row [H] and their gradients; fills planes x y xx yy xy (3 channels each) for SSIM."""
+def _absolute(image, alpha, target, background, weight, mask_weight, epsilon, planes, g_image, g_alpha):
+    """Charbonnier terms per row [H] and their gradients; fills planes x y xx yy xy (3 channels each) for SSIM."""
     height, width = alpha.shape
     rows = np.zeros(height, np.float64)
     w_color, w_mask = weight / f4(3 * height * width), mask_weight / f4(height * width)
@@ -137,8 +143,10 @@ def _absolute(image, alpha, target, background, weight, mask_weight, planes, g_i
                 y = f4(target[i, j, k]) * BYTE + (ONE - f4(target[i, j, 3]) * BYTE) * background[k]
                 planes[k, i, j], planes[3 + k, i, j] = x, y
                 planes[6 + k, i, j], planes[9 + k, i, j], planes[12 + k, i, j] = x * x, y * y, x * y
-                total += w_color * abs(x - y)
-                g = _signed(w_color, x - y)
+                d = x - y
+                root = math.sqrt(d * d + epsilon * epsilon)
+                total += w_color * (root - epsilon)
+                g = w_color * d / root
                 g_image[i, j, k] = g
                 g_alpha[i, j] -= g * background[k]
         rows[i] = total

@@ -155,6 +155,8 @@ class _Job:
         resumed = self._resume()
         if self.settings.refine_rig:
             self._settle_rig(afresh=resumed is None)
+        if self.settings.others_weight < 1:
+            self.data = replace(self.data, weights=self._weights())
         state = resumed or self._start()
         reference.save(self.folder, self.data)
         cameras.save(self.folder, self.data)
@@ -168,13 +170,25 @@ class _Job:
         """Puts the cameras where a coarse fit finds them; a resumed run takes those that it began with."""
         path = self.folder / RIG
         if afresh:
-            anchor = int((self.data.views == self.data.views.max()).nonzero()[0]) if is_run(self.path) else 0
+            anchor = int((self.data.views == self._input_view()).nonzero()[0])
             refined, found = rig.refine(
                 self.data, self.settings, anchor, self.device, self.observer.message, self._require_going_on
             )
             rig.save(path, refined, found)
             self.observer.message(f"Rig: {found}")
         self.data, self.rig = rig.load(path, self.data)
+
+    def _weights(self) -> torch.Tensor:
+        """[n] 1 for the input's own view and for the moment that the views were sampled from."""
+        views, moments = self.data.views, self.data.times.unique()
+        generated = Run.open(self.path).stage("generate") if is_run(self.path) else None
+        anchor = int((generated or {}).get("anchor_frame", 0))
+        trusted = (views == self._input_view()) | (self.data.times == moments[anchor])
+        return torch.where(trusted, 1.0, self.settings.others_weight)
+
+    def _input_view(self) -> int:
+        """The view that the input is seen from: a run's last one, elsewhere the first."""
+        return int(self.data.views.max()) if is_run(self.path) else int(self.data.views[0])
 
     def _require_going_on(self) -> None:
         signum = self.should_stop()
@@ -199,6 +213,7 @@ class _Job:
                 raise ConflictError(
                     f"{label} was begun on other images or cameras; choose another --name or --overwrite"
                 )
+            train.equip(state, self.settings)
             fileio.truncate(self.folder / metrics_log.NAME, int(extra["log_bytes"]))
             self.observer.message(f"Resuming at iteration {state.iteration}")
             return state

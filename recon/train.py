@@ -11,13 +11,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from d2.errors import NumericalError
-from d2.recon import corrections, densify, hull
+from d2.errors import NumericalError, SetupError
+from d2.recon import corrections, densify, hull, objective
 from d2.recon.config import ReconstructConfig
 from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
-from d2.recon.losses import photometric_loss
 from d2.recon.metrics import psnr
+from d2.recon.perceptual import LPIPS, load_lpips
 from d2.recon.raster import image_plane_gradient, rasterize
 
 ADAM_EPS = 1e-15
@@ -63,6 +63,7 @@ class State:
     half_side: float  # world; what learning rates of positions scale with
     corrections: corrections.Corrections | None = None
     rig: LearnedRig | None = None
+    lpips: LPIPS | None = None  # the network, where the loss has it
     average: Gaussians4D | None = None  # over the last steps, once the number of Gaussians is settled
     iteration: int = 0
     best: Gaussians4D | None = None
@@ -90,7 +91,17 @@ def start(dataset: Dataset, config: ReconstructConfig, device: torch.device | st
     state.corrections = corrections.Corrections.start(
         train, config, torch.from_numpy(centre).float().to(device), half_side
     )
+    equip(state, config)
     return state
+
+
+def equip(state: State, config: ReconstructConfig) -> None:
+    """Gives the state the network of its loss, which no checkpoint holds. Raises InputError, SetupError."""
+    if not config.lpips_weight:
+        return
+    if not config.lpips:
+        raise SetupError("lpips_weight needs the weights of LPIPS; give their file: --set lpips=FILE")
+    state.lpips = load_lpips(config.lpips).to(state.gaussians.means.device).requires_grad_(False)
 
 
 def state_of(gaussians: Gaussians4D, half_side: float) -> State:
@@ -146,12 +157,11 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
     corrects = state.corrections if fraction >= config.correct_from else None
     images, alphas, meta = _draw(state, train, cells, config, corrects)
     clock("forward")
-    mask_weight = config.mask_weight if train.has_alpha else 0.0
     losses = [
-        photometric_loss(image, alpha[..., 0], train.images[cell], background, config.ssim_weight, mask_weight)
+        objective.picture_loss(image, alpha[..., 0], train, cell, background, config, state.lpips)
         for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True)
     ]
-    loss = torch.stack(losses).mean() + _priors(state, config)
+    loss = torch.stack(losses).mean() + objective.priors(state.gaussians, state.half_side, config)
     if state.rig is not None:
         loss = loss + state.rig.prior()
     clock("loss")
@@ -171,6 +181,8 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
         state.stats.add(image_plane_gradient(meta), max(train.width, train.height))
         if state.iteration % config.grow_every == 0 and fraction > config.grow_from:
             prune_and_grow(state, config, fraction)
+        if config.opacity_reset_every and state.iteration % config.opacity_reset_every == 0:
+            reset_opacities(state, 2 * config.prune_opacity)
     elif config.average_over and fraction >= config.average_from and state.iteration % AVERAGE_EVERY == 0:
         take_average(state, AVERAGE_EVERY / config.average_over)
     clock("densify")
@@ -235,6 +247,16 @@ def prune_and_grow(state: State, config: ReconstructConfig, fraction: float) -> 
         generator = torch.Generator().manual_seed(_mix(config.seed, 2, state.iteration))
         gaussians, source = densify.grow(gaussians, chosen, state.half_side, generator)
         replace_gaussians(state, gaussians, kept[source])
+
+
+def reset_opacities(state: State, most: float) -> None:
+    """Makes every Gaussian at most this opaque, so that those that no picture asks for stay faint and are pruned."""
+    group = next(group for group in state.adam.param_groups if group["name"] == "opacity_logits")
+    logits = group["params"][0]
+    logits.data.clamp_(max=math.log(most / (1 - most)))
+    for key in ("exp_avg", "exp_avg_sq"):
+        if logits in state.adam.state:
+            state.adam.state[logits][key].zero_()
 
 
 def replace_gaussians(state: State, gaussians: Gaussians4D, source: Tensor) -> None:
@@ -335,18 +357,6 @@ def _set_learning_rates(state: State, config: ReconstructConfig, fraction: float
     for group in state.adam.param_groups:
         rate = getattr(config, LEARNED[group["name"]]) * decay
         group["lr"] = rate * state.half_side if group["name"] in SCALED_WITH_SCENE else rate
-
-
-def _priors(state: State, config: ReconstructConfig) -> Tensor | float:
-    """Regularisers, each off at weight 0."""
-    g, total = state.gaussians, 0.0
-    if config.duration_weight:
-        total = total + config.duration_weight * torch.exp(-g.log_durations).mean()
-    if config.opacity_weight:
-        total = total + config.opacity_weight * g.opacity_logits.sigmoid().mean()
-    if config.scale_weight:
-        total = total + config.scale_weight * g.log_scales.exp().mean() / state.half_side
-    return total
 
 
 class _Clock:

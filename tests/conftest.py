@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
+import torch
 
 pytest.register_assert_rewrite("faults.assertions")
 
@@ -26,6 +28,13 @@ from d2 import camera, images  # noqa: E402
 SIZE = 32  # pixels of a tiny image
 VIEWS, FRAMES, TEST_VIEWS = 6, 4, 3
 RADIUS, FOV = 3.0, 40.0  # world, degrees
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_a_process() -> None:
+    """As many processes as cores run the tests: threads of theirs would only wait for each other."""
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

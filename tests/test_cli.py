@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numba
 import pytest
 import typer
 from faults.assertions import Outcome, expect_fault
@@ -281,15 +280,10 @@ def interrupted(dataset: Path, out: Path, signum: int) -> Outcome:
 
 def assert_goes_on(dataset: Path, out: Path) -> None:
     """Finishes an interrupted run, which must equal one that never stopped, bit for bit."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        told, messages = pipeline.Observer(), []
-        told.message = messages.append  # type: ignore[method-assign]
-        resumed = pipeline.reconstruct(dataset, out, sets=tuple(SETS[1::2]), observer=told)
-        whole = pipeline.reconstruct(dataset, out.with_name("whole"), sets=tuple(SETS[1::2]))
-    finally:
-        numba.set_num_threads(before)
+    told, messages = pipeline.Observer(), []
+    told.message = messages.append  # type: ignore[method-assign]
+    resumed = pipeline.reconstruct(dataset, out, sets=tuple(SETS[1::2]), observer=told)
+    whole = pipeline.reconstruct(dataset, out.with_name("whole"), sets=tuple(SETS[1::2]))
     assert any("Resuming at iteration" in text for text in messages)
     assert resumed.iterations == STEPS
     assert resumed.model.read_bytes() == whole.model.read_bytes()

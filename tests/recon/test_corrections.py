@@ -48,7 +48,7 @@ def test_what_all_pictures_of_a_moment_share_is_the_models(data):
 
 
 def test_a_pose_turns_the_scene_about_its_centre_and_moves_it():
-    learned = Corrections({}, torch.tensor([0.1, -0.2, 0.3]), 0.7)
+    learned = Corrections({}, {}, torch.tensor([0.1, -0.2, 0.3]), 0.7)
     turn = learned._motion(torch.tensor([0.0, 0.0, 0.2, 0.0, 0.0, 0.0]))
     place = torch.cat([learned.centre, torch.ones(1)])
     assert torch.allclose(turn @ place, place, atol=1e-6)

@@ -18,7 +18,7 @@ def pictures(height: int, width: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("size", [(16, 24), (7, 9), (40, 33)])
-@pytest.mark.parametrize("weights", [(0.2, 0.1), (0.0, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize("weights", [(0.2, 0.1), (0.0, 0.5), (1.0, 0.0), (0.2, 0.1, 0.05)])
 def test_loss_and_gradients_equal_the_twin(size, weights):
     image, alpha, target, background = pictures(*size)
     x, a = image.clone().requires_grad_(), alpha.clone().requires_grad_()
@@ -39,6 +39,16 @@ def test_gradient_of_the_twin_equals_finite_differences():
         lambda x, a: photometric_loss_reference(x, a, *arguments),
         (image.double().requires_grad_(), alpha.double().requires_grad_()),
     )
+
+
+def test_charbonnier_is_l1_for_large_errors_and_half_the_square_over_its_width_for_small_ones():
+    target, background = torch.zeros(1, 1, 4, dtype=torch.uint8), torch.zeros(3)
+
+    def loss(error):
+        return float(photometric_loss(torch.full((1, 1, 3), error), torch.zeros(1, 1), target, background, 0, 0, 0.1))
+
+    assert loss(10.0) == pytest.approx(10 - 0.1, abs=1e-3)
+    assert loss(0.01) == pytest.approx(0.01**2 / 0.2, rel=1e-2)
 
 
 def test_ssim_is_one_for_equal_pictures_and_less_for_noise_or_blur():

@@ -137,7 +137,7 @@ def test_the_picture_does_not_depend_on_the_thread_count():
     first = draw("cpu", torch.float32)
     before = numba.get_num_threads()
     try:
-        numba.set_num_threads(1)
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
         second = draw("cpu", torch.float32)
     finally:
         numba.set_num_threads(before)

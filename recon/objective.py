@@ -1,0 +1,53 @@
+"""What a fit minimises: the loss of a picture, as dataset and configuration weigh it, and priors of the model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from d2.recon.config import ReconstructConfig
+from d2.recon.dataset import Dataset
+from d2.recon.gaussians import Gaussians4D
+from d2.recon.losses import photometric_loss
+from d2.recon.perceptual import LPIPS
+
+
+def picture_loss(
+    image: Tensor,  # [H, W, 3] premultiplied render
+    alpha: Tensor,  # [H, W]
+    train: Dataset,
+    cell: int,
+    background: Tensor,  # [3]
+    config: ReconstructConfig,
+    lpips: LPIPS | None,
+) -> Tensor:
+    """The loss of one picture, as much as it counts; its worst pixels teach nothing."""
+    target = train.images[cell]
+    truth = target[..., :3] / 255 + (1 - target[..., 3:] / 255) * background
+    if config.trim:
+        with torch.no_grad():
+            error = (image + (1 - alpha[..., None]) * background - truth).abs().sum(-1)
+            taught = error <= error.flatten().kthvalue(math.ceil((1 - config.trim) * error.numel())).values
+        image = torch.where(taught[..., None], image, image.detach())
+        alpha = torch.where(taught, alpha, alpha.detach())
+    mask_weight = config.mask_weight if train.has_alpha else 0.0
+    loss = photometric_loss(image, alpha, target, background, config.ssim_weight, mask_weight, config.charbonnier)
+    if lpips is not None:
+        picture = image + (1 - alpha[..., None]) * background
+        pair = (x.permute(2, 0, 1)[None] for x in (picture, truth))
+        loss = loss + config.lpips_weight * lpips(*pair)[0]
+    return loss if train.weights is None else loss * train.weights[cell]
+
+
+def priors(g: Gaussians4D, half_side: float, config: ReconstructConfig) -> Tensor | float:
+    """Regularisers, each off at weight 0; `half_side` of the scene in world units."""
+    total = 0.0
+    if config.duration_weight:
+        total = total + config.duration_weight * torch.exp(-g.log_durations).mean()
+    if config.opacity_weight:
+        total = total + config.opacity_weight * g.opacity_logits.sigmoid().mean()
+    if config.scale_weight:
+        total = total + config.scale_weight * g.log_scales.exp().mean() / half_side
+    return total
