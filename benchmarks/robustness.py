@@ -1,11 +1,12 @@
 """Reconstruction from pictures that disagree: the plain loss against the robust default, on clean test views.
 
-    python benchmarks/robustness.py DATASET… [--kinds clean,poses,…] [--steps 4000] [--size 128]
+    python benchmarks/robustness.py DATASET… [--kinds clean,poses,…] [--modes plain,robust,…] [--steps 2000]
 
 Each DATASET holds transforms_train.json and transforms_test.json (clean).  Its training pictures are perturbed, one
-kind at a time (benchmarks/perturb.py), and fitted twice with the same number of steps: with `disagreement=false` and
-with `disagreement=true`, what d2 reconstruct does with pictures that a model made.  PSNR and SSIM are those of the
-test views.  Writes benchmarks/results/robustness.json as it goes; rows that are there are kept.
+kind at a time (benchmarks/perturb.py), and fitted with the same number of steps: `plain` with disagreement=false,
+`robust` with disagreement=true, what d2 reconstruct does with pictures that a model made, and every other mode with
+one tool alone.  PSNR and SSIM are those of the test views; flicker is that of two of the training cameras over all
+moments, clean.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
 """
 
 from __future__ import annotations
@@ -20,18 +21,36 @@ from perturb import KINDS, perturb
 
 from d2 import config as configuration
 from d2 import fileio, machine
-from d2.recon import benchmark, dataset, pipeline, rig, train
+from d2.recon import benchmark, dataset, metrics, pipeline, rig, train
 from d2.recon.config import ReconstructConfig
+from d2.recon.gaussians import Gaussians4D
 
 RESULTS = Path(__file__).parent / "results" / "robustness.json"
-MODES = {"plain": "disagreement=false", "robust": "disagreement=true"}
+PLAIN = "disagreement=false"
+MODES = {
+    "plain": (PLAIN,),
+    "robust": ("disagreement=true",),
+    "poses": (PLAIN, "correct_poses=true"),
+    "times": (PLAIN, "correct_times=true"),
+    "colors": (PLAIN, "correct_colors=true"),
+    "blurs": (PLAIN, "correct_blurs=true"),
+    "rig": (PLAIN, "refine_rig=true"),
+    "min_scale 0.3": (PLAIN, "min_scale=0.3"),
+    "min_scale 0.5": (PLAIN, "min_scale=0.5"),
+    "opacity": (PLAIN, "opacity_weight=0.05"),
+    "charbonnier": (PLAIN, "charbonnier=0.05"),
+    "trim": (PLAIN, "trim=0.02"),
+    "opacity reset": (PLAIN, "opacity_reset_every=400"),
+}
+WATCHED = 2  # cameras that flicker is measured from
 MEASURED = "psnr", "psnr_foreground", "ssim", "psnr_worst"
 
 
 def main(
     datasets: list[Path],
     kinds: str = ",".join(["clean", *KINDS]),
-    steps: int = 4000,
+    modes: str = "plain,robust",
+    steps: int = 2000,
     size: int = 128,
     out: Path = RESULTS,
 ) -> None:
@@ -39,22 +58,22 @@ def main(
     for folder in datasets:
         for kind in kinds.split(","):
             row = record["rows"].setdefault(f"{folder.name} {kind}", {})
-            for mode in MODES:
+            for mode in modes.split(","):
                 if mode not in row:
                     row[mode] = measured(folder, kind, mode, steps, size)
                     print(folder.name, kind, mode, row[mode], flush=True)
-            row["gain"] = round(row["robust"]["psnr"] - row["plain"]["psnr"], 3)
-            record |= {"steps": steps, "size": size, "machine": machine.describe(), "mean": means(record["rows"])}
+            record |= {"steps": steps, "size": size, "machine": machine.describe(), "gains": gains(record["rows"])}
             fileio.write_json(out, record)
-    print(record["mean"])
+    print(record["gains"])
 
 
 def measured(folder: Path, kind: str, mode: str, steps: int, size: int) -> dict[str, Any]:
     """One fit of one perturbed dataset and its quality on the clean test views."""
-    settings = configuration.load(ReconstructConfig, "quality", sets=(f"iterations={steps}", MODES[mode]))
+    settings = configuration.load(ReconstructConfig, "fast", sets=(f"iterations={steps}", *MODES[mode]))
     settings = pipeline.settled(settings, generated=False)
     data, test = dataset.load(folder, "train", size), dataset.load(folder, "test", size)
-    test = test.on(torch.ones(3))
+    data, test = data.on(torch.ones(3)), test.on(torch.ones(3))
+    clean = data
     if kind != "clean":
         data = perturb(data, kind)
     found: dict[str, Any] = {}
@@ -64,15 +83,35 @@ def measured(folder: Path, kind: str, mode: str, steps: int, size: int) -> dict[
             found = {"rig": rig_found.as_dict()}
         model = train.fit(train.start(data, settings, "cpu"), data, settings)
         scores = benchmark.measure(model, test, settings)
-    return {name: scores[name] for name in MEASURED} | found
+        flicker = flicker_of(model, clean, settings)
+    return {name: scores[name] for name in MEASURED} | {"flicker": round(flicker, 5)} | found
 
 
-def means(rows: dict[str, Any]) -> dict[str, float]:
-    """What the robust default costs on clean pictures and gains on the others, in dB, averaged over datasets."""
-    clean = [row["gain"] for name, row in rows.items() if name.endswith(" clean") and "gain" in row]
-    others = [row["gain"] for name, row in rows.items() if not name.endswith(" clean") and "gain" in row]
-    groups = {"clean": clean, "perturbed": others}
-    return {name: round(statistics.fmean(gains), 3) for name, gains in groups.items() if gains}
+@torch.no_grad()
+def flicker_of(model: Gaussians4D, clean: dataset.Dataset, settings: ReconstructConfig) -> float:
+    """metrics.over_time's, from the first camera and those evenly spaced after it."""
+    views = torch.linspace(0, int(clean.views.max()) + 1, WATCHED + 1)[:-1].long()
+    videos = []
+    for view in views.tolist():
+        cells = (clean.views == view).nonzero()[:, 0]
+        cells = cells[clean.times[cells].argsort()].tolist()
+        drawn = torch.stack([train.draw_cell(model, clean, k, settings.antialiased) for k in cells])
+        videos.append((drawn.permute(0, 3, 1, 2), clean.images[cells].permute(0, 3, 1, 2) / 255))
+    return metrics.over_time(videos)["flicker"]
+
+
+def gains(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What each mode gains over the plain loss in dB, on clean pictures and on the others, averaged over datasets."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, row in rows.items():
+        group = "clean" if name.endswith(" clean") else "perturbed"
+        for mode in row.keys() - {"plain"}:
+            gain = row[mode]["psnr"] - row["plain"]["psnr"]
+            found.setdefault(mode, {}).setdefault(group, []).append(gain)
+    return {
+        mode: {group: round(statistics.fmean(values), 3) for group, values in groups.items()}
+        for mode, groups in sorted(found.items())
+    }
 
 
 if __name__ == "__main__":

@@ -331,6 +331,7 @@ def _record(identity: dict[str, Any], settings: GenerateConfig, given: Source) -
         "size": settings.size,
         "input": {"name": identity["input"], "sha256": given.clip.digest, "frames": list(given.clip.names)},
         "pick": settings.pick,
+        "anchor_frame": settings.anchor_frame,
         "models": models,
         "config": _digest(_compared(identity)),
         "torch": identity["torch"],
