@@ -27,7 +27,7 @@ from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
 
 PROBE_SIZE, PROBE_STEPS, PROBE_GAUSSIANS = 64, 400, 3000
-REFINE_SIZE, REFINE_STEPS, REFINE_GAUSSIANS = 128, 2500, 12000
+REFINE_SIZE, REFINE_STEPS, REFINE_GAUSSIANS = 128, 1500, 8000
 CLEARLY = 0.2  # dB that the other direction must be better by
 SAMPLE = 60  # pictures that a coarse fit is judged by
 # What a usual error is: of the elevation and of the logarithm of the focal length, and of a view's pose, whose turns

@@ -27,7 +27,9 @@ MAGIC = b"D2V1"
 WORDS = {0: 7, 1: 10}  # 32-bit words a Gaussian, by degree of the spherical harmonics
 ALPHA_MIN = 1 / 255  # what no pixel can show is left out, as the rasterizers do
 COLOR_LIMIT = 2.0  # base colours are kept within ±2; 8 bits over more would show steps
-MAX_INVERSE_DURATION = 60000.0  # below the largest half float
+MAX_HALF = 60000.0  # below the largest half float, rounded too
+# Low bits that are left zero, for gzip to find: of 16 of a place and of the time, of 10 of a half float's fraction.
+PLACE_ZEROS, TIME_ZEROS, HALF_ZEROS = 2, 4, 3
 _MORTON_BITS = 10  # an axis
 
 
@@ -73,7 +75,7 @@ def _values(gaussians: Gaussians4D, degree: int) -> dict[str, np.ndarray]:
     coefficients = raw["sh"][:, : sh.bases(degree)]
     values = {
         "means": raw["means"], "velocities": raw["velocities"], "times": raw["times"],
-        "inverse_durations": np.minimum(1 / durations, MAX_INVERSE_DURATION),
+        "inverse_durations": np.minimum(1 / durations, MAX_HALF),
         "quats": raw["quats"] / np.linalg.norm(raw["quats"], axis=1, keepdims=True),
         "log_scales": raw["log_scales"], "opacities": opacities,
         "colors": sh.C0 * coefficients[:, 0] + 0.5, "sh": coefficients[:, 1:],
@@ -101,8 +103,8 @@ def _extent(array: np.ndarray) -> tuple[float, float]:
 
 
 def _records(values: dict[str, np.ndarray], ranges: Ranges) -> np.ndarray:  # [N, words] uint32
-    place = _steps((values["means"] - ranges.box_min) / ranges.box_size, 16)
-    time = _steps((values["times"] - ranges.time[0]) / ranges.time[1], 16)
+    place = _rounded(_steps((values["means"] - ranges.box_min) / ranges.box_size, 16), PLACE_ZEROS)
+    time = _rounded(_steps((values["times"] - ranges.time[0]) / ranges.time[1], 16), TIME_ZEROS)
     velocity = _half(values["velocities"])
     words = [
         place[:, 0] | place[:, 1] << 16,
@@ -127,8 +129,14 @@ def _steps(fractions: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _half(values: np.ndarray) -> np.ndarray:
-    limit = float(np.finfo(np.float16).max)
-    return np.clip(values, -limit, limit).astype(np.float16).view(np.uint16).astype(np.uint32)
+    """Bits of half floats, their fractions rounded; a carry into the exponent is right."""
+    bits = np.clip(values, -MAX_HALF, MAX_HALF).astype(np.float16).view(np.uint16).astype(np.uint32)
+    return _rounded(bits, HALF_ZEROS)
+
+
+def _rounded(bits: np.ndarray, zeros: int) -> np.ndarray:
+    """16-bit numbers to the nearest that ends in so many zeros."""
+    return np.minimum(bits + (1 << zeros - 1) >> zeros << zeros, 0xFFFF >> zeros << zeros)
 
 
 def _three_tens(steps: np.ndarray) -> np.ndarray:  # [N, 3] -> [N]
