@@ -35,7 +35,7 @@ SAMPLE = 60  # pictures that a coarse fit is judged by
 ELEVATION, LOG_FOCAL, POSE = 0.05, 0.1, 0.02
 LR, POSE_WEIGHT = 0.1, 1e-3
 # Less than this is told as none: errors of a coarse fit where there is nothing to find.
-LEAST_ELEVATION, LEAST_LOG_FOCAL = math.radians(0.3), 0.015
+LEAST_ELEVATION, LEAST_LOG_FOCAL, LEAST_TURN = math.radians(0.3), 0.015, math.radians(0.5)
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Learned:
 
     def viewmats(self, data: Dataset, cells: Tensor) -> Tensor:
         """World to camera [C, 4, 4] of some cells, with the field of view in it: x and y scaled, so that Ks stay."""
-        moved, depth = self._moved(data, cells, self.shared[0])
+        moved, depth = self._moved(data, cells, self.shared[0], self.poses)
         k = torch.exp(LOG_FOCAL * self.shared[1])
         nearer = moved.clone()
         nearer[:, 2, 3] = moved[:, 2, 3] + depth * (k - 1)
         return nearer * torch.stack([k, k, torch.ones_like(k), torch.ones_like(k)])[:, None]
 
-    def _moved(self, data: Dataset, cells: Tensor, elevation: Tensor | float) -> tuple[Tensor, Tensor]:
+    def _moved(self, data: Dataset, cells: Tensor, elevation: Tensor | float, poses: Tensor) -> tuple[Tensor, Tensor]:
         """Rigid [C, 4, 4] by elevation and poses, about the scene's centre in the camera's axes; and its depth [C]."""
-        viewmats, poses = data.viewmats[cells], POSE * self.poses[data.views[cells]]
+        viewmats, poses = data.viewmats[cells], POSE * poses[data.views[cells]]
         R, t = viewmats[:, :3, :3], viewmats[:, :3, 3]
         at = R @ self.centre + t
         turns = poses[:, :3] + ELEVATION * elevation * torch.tensor([1.0, 0, 0], device=t.device)
@@ -108,24 +108,26 @@ class Learned:
     def applied(self, data: Dataset) -> Dataset:
         """The dataset with the cameras as learned, at their old distance; on its own device."""
         here = self.centre.device
-        elevation, log_focal = self._told()
-        viewmats, _ = self._moved(data.to(here), torch.arange(len(data), device=here), elevation)
+        elevation, log_focal, poses = self._told()
+        viewmats, _ = self._moved(data.to(here), torch.arange(len(data), device=here), elevation, poses)
         Ks = data.Ks.clone()
         Ks[:, [0, 1], [0, 1]] *= math.exp(LOG_FOCAL * log_focal)
         return replace(data, viewmats=viewmats.to(data.viewmats.device), Ks=Ks)
 
     def found(self, is_mirrored: bool) -> Found:
         """What was learned, for people."""
-        elevation, log_focal = self._told()
-        turn = float(POSE * self.poses.detach()[:, :3].norm(dim=1).max())
+        elevation, log_focal, poses = self._told()
+        turn = float(POSE * poses[:, :3].norm(dim=1).max())
         return Found(is_mirrored, math.exp(LOG_FOCAL * log_focal), ELEVATION * elevation, turn)
 
-    def _told(self) -> tuple[float, float]:
-        """Elevation and ln focal length in usual sizes, 0 where they are too small to tell from none."""
+    def _told(self) -> tuple[float, float, Tensor]:
+        """Elevation, ln focal length and poses in usual sizes, 0 where they are too small to tell from none."""
         elevation, log_focal = self.shared.detach().tolist()
+        poses = self.poses.detach()
         return (
             elevation if abs(ELEVATION * elevation) > LEAST_ELEVATION else 0.0,
             log_focal if abs(LOG_FOCAL * log_focal) > LEAST_LOG_FOCAL else 0.0,
+            poses if POSE * poses[:, :3].norm(dim=1).max() > LEAST_TURN else torch.zeros_like(poses),
         )
 
 
@@ -139,8 +141,8 @@ def refine(
 ) -> tuple[Dataset, Found]:
     """The dataset with the rig that explains its pictures best, and what that is.
 
-    `anchor` is the cell whose azimuth is right by definition: an orbit is mirrored about it.  Elevation and focal
-    length too near to what was believed to be told from it are left.  What `after_step` raises ends it.
+    `anchor` is the cell whose azimuth is right by definition: an orbit is mirrored about it.  Elevation, focal length
+    and poses too near to what was believed to be told from it are left.  What `after_step` raises ends it.
     """
 
     def fitted(cells: Dataset, steps: int, gaussians: int, learned: Learned | None = None) -> Gaussians4D:
