@@ -15,7 +15,7 @@ PROGRAMS = {"blender": [str(ROOT / ".venv-dcc/bin/python"), "-c", "import bpy; p
 
 
 class Recorder:
-    """Outcome and seconds of every test."""
+    """Outcome and seconds of every test, and what it recorded."""
 
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, object]] = {}
@@ -24,6 +24,8 @@ class Recorder:
         name = report.nodeid.removeprefix("tests/dcc/")
         entry = self.tests.setdefault(name, {"outcome": "passed", "seconds": 0.0})
         entry["seconds"] = round(float(str(entry["seconds"])) + report.duration, 2)
+        for key, value in report.user_properties if report.when == "call" else ():
+            entry.setdefault(key, []).append(value)  # type: ignore[union-attr]
         if report.outcome != "passed":
             entry["outcome"] = report.outcome
 

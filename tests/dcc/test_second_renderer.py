@@ -23,7 +23,9 @@ import torch
 from PIL import Image
 
 from d2 import camera
-from d2.recon import drawing
+from d2 import config as configuration
+from d2.recon import dataset, drawing, train
+from d2.recon.config import ReconstructConfig
 from d2.recon.exports import export
 from d2.recon.formats.frames import FROM_WORLD
 from d2.recon.gaussians import Gaussians4D
@@ -31,10 +33,12 @@ from d2.recon.gaussians import Gaussians4D
 pytestmark = pytest.mark.dcc
 SIZE, FOV, LEAST = 256, math.radians(40), 38.0  # pixels, rad, dB
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 FLAGS = "--headless=new --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader --no-first-run"
 
 
-def asset(count: int = 1500) -> Gaussians4D:
+def scattered(count: int = 1500) -> Gaussians4D:
+    """Anything that a file can hold."""
     g = torch.Generator().manual_seed(4)
     return Gaussians4D(
         means=0.35 * torch.randn(count, 3, generator=g), velocities=0.2 * torch.randn(count, 3, generator=g),
@@ -44,8 +48,21 @@ def asset(count: int = 1500) -> Gaussians4D:
     )  # fmt: skip
 
 
+def panda() -> Gaussians4D:
+    """What users export: a fit of the data that ships with the project."""
+    data = dataset.load(ROOT / "tests/data/panda")
+    sets = {"iterations": 500, "start_gaussians": 6000, "max_gaussians": 6000, "validate_every": 500}
+    settings = configuration.load(ReconstructConfig, sets)
+    return train.fit(train.start(data, settings, "cpu"), data, settings)
+
+
+@pytest.fixture(scope="module", params=[scattered, panda], ids=lambda make: make.__name__)
+def asset(request: pytest.FixtureRequest) -> Gaussians4D:
+    return request.param()
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
+def site(asset, tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """A folder with the pages, the node modules and our exports, and its address on this machine."""
     modules = Path(os.environ.get("D2_NODE_MODULES", "node_modules"))
     if not (modules / "three").is_dir() or not (modules / "playcanvas").is_dir():
@@ -55,7 +72,7 @@ def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
         (folder / name).symlink_to((modules / name).resolve())
     for page in HERE.glob("*.html"):
         shutil.copy(page, folder)
-    export(asset(), ["ply", "spz", "glb"], folder / "out", time=0.5)
+    export(asset, ["ply", "spz", "glb"], folder / "out", time=0.5)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {".mjs": "text/javascript"}
@@ -87,11 +104,11 @@ def browser() -> Iterator[Any]:
     ("page", "file", "axes"),
     [("spark", "asset.ply", "rdf"), ("spark", "asset.spz", "rub"), ("playcanvas", "asset.glb", "rub")],
 )
-def test_a_second_renderer_draws_what_ours_draws(site, browser, page, file, axes):
+def test_a_second_renderer_draws_what_ours_draws(asset, site, browser, page, file, axes, record_property):
     _, address = site
     for azimuth, elevation in ((0.0, 0.2), (2.1, -0.3)):
         rig = camera.Rig(np.array([azimuth]), np.array([elevation]), 3.5, FOV, SIZE, SIZE)
-        ours = next(drawing.render_views(asset(), rig.c2w, rig.K, SIZE, SIZE, [0.5], drawing.WHITE))[..., :3].clip(0, 1)
+        ours = next(drawing.render_views(asset, rig.c2w, rig.K, SIZE, SIZE, [0.5], drawing.WHITE))[..., :3].clip(0, 1)
         matrix = rig.c2w[0].copy()
         matrix[:3] = FROM_WORLD[axes] @ matrix[:3]
         tab = browser.new_page(viewport={"width": SIZE, "height": SIZE})
@@ -106,8 +123,10 @@ def test_a_second_renderer_draws_what_ours_draws(site, browser, page, file, axes
         picture = Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2]))).convert("RGB")
         theirs = np.asarray(picture, float) / 255
         psnr = -10 * np.log10(((theirs - ours) ** 2).mean())
-        print(f"{page} {file}: {psnr:.1f} dB")
+        record_property("psnr", round(float(psnr), 1))
         if "D2_DCC_PICTURES" in os.environ:
             both = (np.concatenate([theirs, ours], 1) * 255).astype(np.uint8)
-            Image.fromarray(both).save(Path(os.environ["D2_DCC_PICTURES"]) / f"{page}_{Path(file).suffix[1:]}.png")
+            Image.fromarray(both).save(
+                Path(os.environ["D2_DCC_PICTURES"]) / f"{page}_{Path(file).suffix[1:]}_{len(asset)}.png"
+            )
         assert theirs.shape == (SIZE, SIZE, 3) and psnr >= LEAST
