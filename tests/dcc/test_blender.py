@@ -123,3 +123,37 @@ def test_usd_colours_arrive_as_they_were_written(files, seen):
     _, colors = ply_mesh(files["mesh-ply"] / "fox_0001.ply")
     linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
     np.testing.assert_allclose(seen["mesh-usd/1/displayColor"][:, :3], linear, atol=0.01)
+
+
+ANIMATED = """
+import json, runpy, sys
+import bpy, numpy as np
+bpy.ops.wm.read_factory_settings(use_empty=True)
+runpy.run_path(sys.argv[-2])
+scene, told = bpy.context.scene, {"fps": bpy.context.scene.render.fps / bpy.context.scene.render.fps_base}
+for frame in range(scene.frame_start, scene.frame_end + 1):
+    scene.frame_set(frame)
+    (thing,) = [o for o in scene.objects if o.type == "MESH" and not o.hide_render]
+    places = np.empty(3 * len(thing.data.vertices), np.float32)
+    thing.data.vertices.foreach_get("co", places)
+    world = places.reshape(-1, 3) @ np.array(thing.matrix_world)[:3, :3].T
+    drawn = sum(i.is_instance for i in bpy.context.evaluated_depsgraph_get().object_instances)
+    told[frame] = {"name": thing.name, "points": world.tolist(), "drawn": drawn}
+json.dump(told, open(sys.argv[-1], "w"))
+"""
+
+
+def test_our_script_imports_the_sequence_and_animates_it(blender, tmp_path):
+    gaussians = gaussians_4d(60, 1)
+    gaussians.opacity_logits[:] = 2.0
+    gaussians.log_durations[:] = 3.0  # nothing fades, so that every frame has them all
+    folder = export(gaussians, ["ply"], tmp_path, fps=FPS, frames=FRAMES, name="clip")["ply"]
+    words = [blender, "-c", ANIMATED, str(folder / "import_in_blender.py"), str(tmp_path / "told.json")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told.pop("fps") == FPS and list(told) == [str(1 + k) for k in range(FRAMES)]
+    for k, seen in enumerate(told.values()):
+        assert seen["name"] == f"clip_{k + 1:04d}.ply" and seen["drawn"] == 60
+        expected = gaussians.at(k / (FRAMES - 1)).means
+        np.testing.assert_allclose(seen["points"], expected.numpy(), atol=1e-4)
