@@ -206,7 +206,7 @@ def budget(settings: GenerateConfig, device: torch.device, ranks: int = 1) -> Bu
     halves = 2 if how.halves else 1
     line: dict[Model, int] = {model: found.flops * halves for model, found in each.items()}
     reusing: dict[Model, int] = {model: found.reusing * halves for model, found in each.items()}
-    total, slowest = _arithmetic(settings, line, ranks, reusing)
+    total, slowest = joint_loop(settings, line, ranks, reusing)
     whole = -(-settings.steps // settings.step_cache)
     single = [line[m] * whole + reusing[m] * (settings.steps - whole) for m in each]  # the references, on one rank
     rows, drawing = -(-settings.views // ranks), decoding(settings)
@@ -285,11 +285,11 @@ def fitted(settings: GenerateConfig, device: torch.device) -> GenerateConfig:
     )
 
 
-def _arithmetic(
+def joint_loop(
     settings: GenerateConfig,
     line: dict[Model, int],  # FLOPs of a line with its guidance pair
     ranks: int,
-    shallow: dict[Model, int] | None = None,  # the same where deep features are reused
+    reusing: dict[Model, int] | None = None,  # the same where deep features are reused
 ) -> tuple[float, float]:
     """FLOPs of the joint loop: of all ranks, and of those that the others wait for."""
     c = settings
@@ -304,7 +304,7 @@ def _arithmetic(
         for model in lengths:
             guided = float(worked_out.sigmas[step]) <= worked_out.guided_from(model)
             reused = float(worked_out.sigmas[step]) in reuse[model]
-            cost[model] = (shallow or line if reused else line)[model] * use[model] / (1 if guided else 2)
+            cost[model] = (reusing or line if reused else line)[model] * use[model] / (1 if guided else 2)
         bundles: dict[Model, list[list[int]]] = {
             model: [[i] for i in range(count[model] * use[model])] for model in lengths
         }

@@ -74,12 +74,12 @@ def test_the_arithmetic_of_the_official_pair_is_that_of_its_specification(offici
     assert tera == pytest.approx(1.646 * (1 - 0.041), rel=0.01)  # cross-attention to one token is constant
     assert official.weights == pytest.approx(3.05e9, rel=0.01)
     line = {"view": 42 * int(1e12), "frame": 50 * int(1e12)}
-    total, slowest = budget._arithmetic(OFFICIAL, line, 8)
+    total, slowest = budget.joint_loop(OFFICIAL, line, 8)
     assert total == pytest.approx(126_000e12)  # forwards of pictures in 50 + 10 evaluations
     assert 0.94 < total / 8 / slowest <= 1
-    assert budget._arithmetic(OFFICIAL, line, 1) == (total, total)
+    assert budget.joint_loop(OFFICIAL, line, 1) == (total, total)
     cached = dataclasses.replace(OFFICIAL, step_cache=2)
-    assert budget._arithmetic(cached, line, 1, dict.fromkeys(line, 0))[0] == pytest.approx(total / 2)
+    assert budget.joint_loop(cached, line, 1, dict.fromkeys(line, 0))[0] == pytest.approx(total / 2)
 
 
 def test_low_vram_stays_below_8_gb_and_below_12_without_feed_forward_chunks(official):
