@@ -68,7 +68,7 @@ class SamplerConfig:
     step_cache: int = option(
         1,
         "the networks are computed whole at each n-th noise level, between them all but their last stage is reused: "
-        "faster, less exact; takes memory for every cell (--dry-run)",
+        "faster and less exact, as fewer steps are; takes memory for every cell (--dry-run)",
         ge=1,
         le=100,
     )
