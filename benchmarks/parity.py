@@ -218,7 +218,9 @@ class RecordedNetwork(nn.Module):
     def project_context(self, context: Tensor, T: int) -> Any:
         return [[(context, context)]]
 
-    def forward(self, inputs: Tensor, c_noise: Tensor, tokens: Any, vector: Tensor, T: int, blend: Any) -> Tensor:
+    def forward(
+        self, inputs: Tensor, c_noise: Tensor, tokens: Any, vector: Tensor, T: int, blend: Any, deep: None
+    ) -> Tensor:
         k = self.coefficients
         x, concat = inputs.chunk(2, dim=1)
         clips = rearrange(x, "(b t) c h w -> b t c h w", t=T)

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -95,16 +95,20 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def random_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> VideoUNet:
-    """A network whose activations keep a sensible size, made without a float32 copy."""
     with torch.device("meta"):
         unet = VideoUNet(config)
-    unet = unet.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for name, parameter in unet.named_parameters():
+    return random_network(unet, device, dtype)
+
+
+def random_network(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network from the meta device whose activations keep a sensible size, made without a float32 copy."""
+    network = network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         else:
             nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)  # norms; biases, mixes
-    return unet
+    return network
 
 
 def tflop_per_frame(config: UNetConfig, latent: int, T: int) -> float:

@@ -12,7 +12,7 @@ import typer
 
 from d2 import __version__
 from d2.cli import batch, bench, bring, convert, doctor, export, generate, info, reconstruct, render, run, train, view
-from d2.errors import D2Error
+from d2.errors import D2Error, is_out_of_memory
 
 app = typer.Typer(
     name="d2",
@@ -60,13 +60,11 @@ def main() -> None:
         app()
     except D2Error as error:
         _fail(f"error: {error}", error.exit_code)
-    except MemoryError as error:
-        _fail(f"error: out of memory: {error or 'use a smaller --set size or fewer Gaussians'}", 5)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:
-        if "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
-            _fail(f"error: out of memory: {error}", 5)
+        if is_out_of_memory(error):
+            _fail(f"error: out of memory: {str(error) or 'use a smaller --set size or fewer Gaussians'}", 5)
         _fail(f"internal error: {type(error).__name__}: {error} (details in {_log_traceback()})", 1)
 
 

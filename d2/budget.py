@@ -8,7 +8,7 @@ import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from d2 import inputs, machine
 from d2.compose import needed
 from d2.launch import execution
 from d2.models.blocks import FeedForward
-from d2.models.unet import VideoUNet
+from d2.models.unet import Deep, VideoUNet
 from d2.models.weights import build
 from d2.pair import Execution, Model, check_size, model_angles
 from d2.ranks import shares
@@ -32,6 +32,7 @@ from d2.settings import GenerateConfig
 
 GB = 1e9
 CONTEXT = {"cuda": 0.6 * GB, "cpu": 0.5 * GB}  # bytes that torch and its libraries take before any tensor
+GPUS = (6, 8, 12, 16, 24, 32, 48, 80, 141, 192)  # GB that GPUs come with
 SLACK = 1.15  # what an allocator and the libraries' workspaces add to live tensors
 EFFICIENCY = 0.5  # of a network, measured against one large matrix product
 MOST_IN_FLIGHT = 4  # lines; more gain nothing on a GPU, which one row of 25 pictures and its twin fill
@@ -79,6 +80,8 @@ class Evaluation:
     flops: int
     peak: int  # bytes of activations
     weights: int  # bytes
+    reusing: int = 0  # FLOPs where the step cache holds its deep features
+    deep: int = 0  # bytes of those
 
 
 def evaluation(settings: GenerateConfig, model: Model, how: Execution, lines: int = 1) -> Evaluation:
@@ -94,9 +97,15 @@ def evaluation(settings: GenerateConfig, model: Model, how: Execution, lines: in
         tokens = unet.project_context(torch.empty(clips * T, config.context_dim, dtype=how.dtype), T)
         pictures = torch.empty(clips * T, config.in_channels, h, w, dtype=how.dtype)
         vector = torch.empty(clips * T, config.adm_in_channels, dtype=how.dtype)
+        words, deep = (pictures, torch.empty(clips * T), tokens, vector, T, None), Deep()
         with FusedAttention() as attention, FlopCounterMode(display=False) as counter, Live() as live:
-            unet(pictures, torch.empty(clips * T), tokens, vector, T)
-    return Evaluation(counter.get_total_flops() + attention.flops, live.peak, _bytes(unet))
+            unet(*words, deep)
+        flops = counter.get_total_flops() + attention.flops
+        with FusedAttention() as attention, FlopCounterMode(display=False) as counter:
+            unet(*words, deep)
+    assert deep.features is not None
+    reusing = counter.get_total_flops() + attention.flops
+    return Evaluation(flops, live.peak, _bytes(unet), reusing, deep.features.nbytes)
 
 
 def decoding(settings: GenerateConfig) -> Evaluation:
@@ -116,6 +125,15 @@ def looking(settings: GenerateConfig) -> int:
         return max(_bytes(build(settings.spec(model), "conditioner")) for model in ("view", "frame"))
 
 
+class Memory(NamedTuple):
+    """Bytes."""
+
+    weights: int  # of the UNets that are there at once
+    activations: int
+    step_cache: int
+    peak: float  # of sampling, drawing and looking at references, with what libraries take
+
+
 @dataclass(frozen=True)
 class Budget:
     """What `d2 generate --dry-run` tells."""
@@ -130,9 +148,11 @@ class Budget:
     decode_chunk: int
     weights_gb: float  # of the UNets that are on the device at once
     activations_gb: float
+    step_cache_gb: float  # deep features of the lines of one rank
     decoder_gb: float  # drawing the pictures, when the UNets are gone
     references_gb: float  # of the network that looks at references
     peak_gb: float  # the most of all this, with what libraries take
+    gpu_gb: float  # the same on a GPU, in the precision that is usual there
     free_gb: float  # memory that the device has now
     petaflop: float  # of all ranks
     balance: float  # mean load of a rank over the largest
@@ -145,15 +165,20 @@ class Budget:
         chunks = f"{self.columns_in_flight} columns or {self.rows_in_flight} rows in flight"
         chunks += ", halves of a guidance pair in turn" * self.guidance_halves
         chunks += f", feed-forward {self.feed_forward_chunk} pixels at a time" * bool(self.feed_forward_chunk)
+        gpus = [size for size in GPUS if size >= self.gpu_gb]
+        on_gpu = f"on a GPU: {self.gpu_gb:.1f} GB: fits {gpus[0]} GB" if gpus else f"on a GPU: {self.gpu_gb:.0f} GB"
         units = {"days": 86400, "hours": 3600, "minutes": 60}
         unit = next((unit for unit, size in units.items() if self.seconds >= 2 * size), "s")
+        cache = f" and the step cache {self.step_cache_gb:.1f} GB" * bool(self.step_cache_gb)
         time = f"{self.seconds / units.get(unit, 1):.0f} {unit}"
         return "\n".join(
             [
                 f"{self.ranks} × {self.device}, {self.dtype}",
                 f"memory: {self.peak_gb:.1f} GB at most of {self.free_gb:.1f} GB free: {fits}",
-                f"  UNets {self.weights_gb:.1f} GB and activations {self.activations_gb:.1f} GB; then the decoder with "
-                f"{self.decoder_gb:.1f} GB; before them {self.references_gb:.1f} GB that look at references",
+                f"  UNets {self.weights_gb:.1f} GB and activations {self.activations_gb:.1f} GB{cache}; then the "
+                f"decoder with {self.decoder_gb:.1f} GB; before them {self.references_gb:.1f} GB that look at "
+                "references",
+                *([on_gpu] if self.device == "cpu" else []),
                 f"chunks: {chunks}; the decoder {self.decode_chunk} frames at a time",
                 f"arithmetic: {self.petaflop:.3g} PFLOP, spread over ranks to {100 * self.balance:.0f} %",
                 f"time: about {time}, at half of the {self.tflops:.3g} TFLOP/s of one matrix product here",
@@ -178,24 +203,66 @@ def budget(settings: GenerateConfig, device: torch.device, ranks: int = 1) -> Bu
     how = execution(settings, device)
     settings = fitted(settings, device)
     each: dict[Model, Evaluation] = {model: evaluation(settings, model, how) for model in ("view", "frame")}
-    line: dict[Model, int] = {model: found.flops * (2 if how.halves else 1) for model, found in each.items()}
-    total, slowest = _arithmetic(settings, line, ranks)
-    single = [line["view"] * settings.steps, line["frame"] * settings.steps]  # the references, on one rank
+    halves = 2 if how.halves else 1
+    line: dict[Model, int] = {model: found.flops * halves for model, found in each.items()}
+    reusing: dict[Model, int] = {model: found.reusing * halves for model, found in each.items()}
+    total, slowest = joint_loop(settings, line, ranks, reusing)
+    whole = -(-settings.steps // settings.step_cache)
+    single = [line[m] * whole + reusing[m] * (settings.steps - whole) for m in each]  # the references, on one rank
     rows, drawing = -(-settings.views // ranks), decoding(settings)
     rate = matrix_rate(device, how.dtype)
     seconds = (slowest + sum(single) + rows * drawing.flops) / (EFFICIENCY * rate)
-    weights = [found.weights for found in each.values()]
-    held = max(weights) if how.offload else sum(weights)
-    in_flight = {"view": settings.columns_in_flight or 1, "frame": settings.rows_in_flight or 1}
-    active = max(found.peak * in_flight[model] for model, found in each.items())
     look = looking(settings)
-    peak = CONTEXT[device.type] + max(held + SLACK * active, drawing.weights + SLACK * drawing.peak, look)
+    need = memory(settings, how, each, drawing, look, ranks, device.type)
+    # On a GPU every tensor of a UNet is as much smaller as its type.
+    less = execution(settings, torch.device("cuda")).dtype.itemsize / how.dtype.itemsize
+    there: dict[Model, Evaluation] = {
+        m: Evaluation(e.flops, int(e.peak * less), int(e.weights * less), e.reusing, int(e.deep * less))
+        for m, e in each.items()
+    }
+    gpu = memory(settings, how, there, drawing, look, ranks, "cuda")
     return Budget(
-        ranks, str(device), str(how.dtype).removeprefix("torch."), in_flight["view"], in_flight["frame"],
-        how.halves, how.feed_forward_chunk, settings.decode_chunk, held / GB, active / GB,
-        (drawing.weights + drawing.peak) / GB, look / GB, peak / GB, free_memory(device) / GB,
+        ranks, str(device), str(how.dtype).removeprefix("torch."), settings.columns_in_flight or 1,
+        settings.rows_in_flight or 1, how.halves, how.feed_forward_chunk, settings.decode_chunk, need.weights / GB,
+        need.activations / GB, need.step_cache / GB, (drawing.weights + drawing.peak) / GB, look / GB, need.peak / GB,
+        gpu.peak / GB, free_memory(device) / GB,
         (total + sum(single) + settings.views * drawing.flops) / 1e15, total / ranks / slowest, rate / 1e12, seconds,
     )  # fmt: skip
+
+
+def memory(
+    settings: GenerateConfig,
+    how: Execution,
+    each: dict[Model, Evaluation],
+    drawing: Evaluation,
+    look: int,  # bytes of the network that looks at references
+    ranks: int,
+    kind: str,  # cuda or cpu
+) -> Memory:
+    """What the busiest rank needs, with as many lines in flight as the settings say, else one."""
+    in_flight = {"view": settings.columns_in_flight or 1, "frame": settings.rows_in_flight or 1}
+    weights = [found.weights for found in each.values()]
+    held, kept = max(weights) if how.offload else sum(weights), step_cache(settings, how, each, ranks)
+    active = max(found.peak * in_flight[model] for model, found in each.items())
+    sampling = held + kept + SLACK * active
+    peak = CONTEXT[kind] + max(sampling, drawing.weights + SLACK * drawing.peak, look)
+    return Memory(held, active, kept, peak)
+
+
+def step_cache(settings: GenerateConfig, how: Execution, each: dict[Model, Evaluation], ranks: int = 1) -> int:
+    """Bytes of deep features that the busiest rank keeps between noise levels, both halves of each guidance pair."""
+    c = settings
+    if c.step_cache == 1:
+        return 0
+    lengths: dict[Model, int] = {"view": c.views, "frame": c.frames}
+    bundles: dict[Model, list[list[int]]] = {
+        "view": [[f] for f in range(c.frames)],
+        "frame": [[v] for v in range(c.views)],
+    }
+    kept = {model: found.deep * (2 if how.halves else 1) for model, found in each.items()}
+    return max(
+        sum(kept[model] * len(lines) for model, lines in mine.items()) for mine in shares(bundles, lengths, ranks)
+    )
 
 
 def fitted(settings: GenerateConfig, device: torch.device) -> GenerateConfig:
@@ -207,9 +274,9 @@ def fitted(settings: GenerateConfig, device: torch.device) -> GenerateConfig:
         return settings
     how, counts = execution(settings, device), {"view": 1, "frame": 1}
     if device.type == "cuda":
-        each = {model: evaluation(settings, model, how) for model in ("view", "frame")}
+        each: dict[Model, Evaluation] = {model: evaluation(settings, model, how) for model in ("view", "frame")}
         weights = [found.weights for found in each.values()]
-        room = free_memory(device) - (max(weights) if how.offload else sum(weights))
+        room = free_memory(device) - (max(weights) if how.offload else sum(weights)) - step_cache(settings, how, each)
         counts = {m: max(1, min(MOST_IN_FLIGHT, int(room / (SLACK * found.peak)))) for m, found in each.items()}
     return dataclasses.replace(
         settings,
@@ -218,19 +285,26 @@ def fitted(settings: GenerateConfig, device: torch.device) -> GenerateConfig:
     )
 
 
-def _arithmetic(settings: GenerateConfig, line: dict[Model, int], ranks: int) -> tuple[float, float]:
+def joint_loop(
+    settings: GenerateConfig,
+    line: dict[Model, int],  # FLOPs of a line with its guidance pair
+    ranks: int,
+    reusing: dict[Model, int] | None = None,  # the same where deep features are reused
+) -> tuple[float, float]:
     """FLOPs of the joint loop: of all ranks, and of those that the others wait for."""
     c = settings
     worked_out = plan(c, model_angles(c.views), c.frames)
     lengths: dict[Model, int] = {"view": c.views, "frame": c.frames}
     count: dict[Model, int] = {"view": c.frames, "frame": c.views}
+    reuse = {model: worked_out.shallow_at(model) for model in lengths}
     total = slowest = 0.0
     for step in range(c.steps):
         use = dict(zip(("view", "frame"), needed(worked_out.weights(step), c.uc_type), strict=True))
         cost: dict[Model, float] = {}
         for model in lengths:
             guided = float(worked_out.sigmas[step]) <= worked_out.guided_from(model)
-            cost[model] = line[model] * use[model] / (1 if guided else 2)
+            reused = float(worked_out.sigmas[step]) in reuse[model]
+            cost[model] = (reusing or line if reused else line)[model] * use[model] / (1 if guided else 2)
         bundles: dict[Model, list[list[int]]] = {
             model: [[i] for i in range(count[model] * use[model])] for model in lengths
         }

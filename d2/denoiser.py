@@ -1,12 +1,14 @@
 """Denoisers: EDM preconditioning of a network, guidance pairs, and whole rows or columns of the matrix.
 
-A denoiser maps a noisy latent to the estimate of the clean one.  It is pure: same input, same output.
+A denoiser maps a noisy latent to the estimate of the clean one.  It is pure: same input, same output.  What it
+may leave behind for another evaluation lies in its input too (Conditioning.deep).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from d2.models.blocks import Blend
 from d2.models.conditioner import Conditioning, join
-from d2.models.unet import VideoUNet
+from d2.models.unet import Deep, VideoUNet
 
 
 class Denoiser(Protocol):
@@ -125,7 +127,7 @@ class UNetDenoiser:
         assert cond.tokens is not None
         inputs = torch.cat([x.to(self.dtype), cond.concat], dim=2).flatten(0, 1)
         noise = c_noise.flatten().repeat_interleave(T)
-        output = self.unet(inputs, noise, cond.tokens, cond.vector.flatten(0, 1), T, self.blend)
+        output = self.unet(inputs, noise, cond.tokens, cond.vector.flatten(0, 1), T, self.blend, cond.deep)
         return rearrange(output.float(), "(b t) c h w -> b t c h w", t=T)
 
 
@@ -195,6 +197,8 @@ class Lines:
     `in_flight` lines go through one evaluation; 1 makes the result independent of how lines are shared out.
     With `halves` the two members of a pair are evaluated one after the other, which takes half the memory.
     At noise levels above `guided_from` nothing is guided: the unconditional half of each pair is left out.
+    At the levels of `shallow_at` what each half of each line left in its last whole evaluation is reused instead of
+    computed; the first level is not among them (sampler.Plan.shallow_at).
     A denoiser whose columns look at each other (conv_blend) needs all of them in flight.
     """
 
@@ -206,12 +210,15 @@ class Lines:
         in_flight: int = 1,
         guided_from: float = math.inf,
         halves: bool = False,
+        shallow_at: Collection[float] = (),
     ) -> None:
         self.denoiser = denoiser
         self.axis = axis
         self.in_flight = in_flight
         self.guided_from = guided_from
         self.halves = halves
+        self.shallow_at = frozenset(shallow_at)
+        self.deep: dict[Conditioning, Tensor] = {}  # of each half of each line: [T, C, h, w]
         self.cond = [denoiser.prepare(c) for c in conditions]  # once for the run
         self.uncond = [denoiser.prepare(c.unconditional()) for c in conditions] if guided_from > 0 else []
 
@@ -258,4 +265,13 @@ class Lines:
         conditions: list[Conditioning],  # one for each of B
     ) -> Tensor:  # like x
         levels = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        return self.denoiser(x, levels, join(conditions))
+        joined = join(conditions)
+        if not self.shallow_at:
+            return self.denoiser(x, levels, joined)
+        shallow = sigma in self.shallow_at
+        deep = Deep(torch.cat([self.deep[half] for half in conditions]) if shallow else None)
+        estimate = self.denoiser(x, levels, dataclasses.replace(joined, deep=deep))
+        if not shallow and deep.features is not None:
+            # Copies: a CUDA graph will write to the same memory again.
+            self.deep |= zip(conditions, (part.clone() for part in deep.features.chunk(len(x))), strict=True)
+        return estimate

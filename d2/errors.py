@@ -54,6 +54,12 @@ class ConflictError(D2Error):
     exit_code = 8
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's or a GPU's memory ran out; torch has a type of its own for the one, words for the other."""
+    words = "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or words
+
+
 class Stopped(D2Error):
     """A signal asked the work to stop; the state is saved. `exit_code` is 128 + signal number."""
 

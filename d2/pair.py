@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,7 +16,7 @@ from torch import Tensor
 from d2 import fileio, machine
 from d2.config import config, option
 from d2.denoiser import Estimate, GatedDenoiser, Lines, MatrixDenoiser, UNetDenoiser, in_turn
-from d2.errors import InputError, ResourceError, SetupError
+from d2.errors import InputError, ResourceError, SetupError, is_out_of_memory
 from d2.models import weights
 from d2.models.blocks import Blend, FeedForward
 from d2.models.clip import ViTConfig
@@ -247,19 +247,20 @@ class Pair:
         in_flight: int = 1,
         blend: Blend | None = None,
         guided_from: float = math.inf,  # noise level above which the unconditional estimate is not used
+        shallow_at: Collection[float] = (),  # noise levels at which deep features are reused
     ) -> MatrixDenoiser:
         """The denoiser of all columns or all rows, for sampler.sample_matrix.
 
-        With `offload` the network is on the device only while it runs.  Where the device's memory runs out, half
-        as many lines are tried, down to one, then the halves of its guidance pair one after the other;
-        `in_flight` says how many lines it became.  Raises ResourceError where that is too much too.
+        With `offload` the network is on the device only while it runs.  Where memory runs out, half as
+        many lines are tried, down to one, then the halves of its guidance pair one after the other; `in_flight`
+        says how many lines it became.  Raises ResourceError where that is too much too.
         """
         unet = self._unet(model)
         offloaded = self.offloaded.get(model)
         if offloaded:
             offloaded.fetch(whole=True)
         denoiser = precondition(self.settings, model, unet, blend)
-        lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves)
+        lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves, shallow_at)
         if offloaded:
             offloaded.release()
 
@@ -317,8 +318,9 @@ class Pair:
         """The estimate, or None where memory ran out; on return whatever the attempt held is free again."""
         try:
             return lines(x, sigma)
-        except torch.OutOfMemoryError:
-            pass  # leaving this block frees the traceback, and with it the tensors of the attempt
+        except (MemoryError, RuntimeError) as error:  # leaving this block frees the tensors of the attempt
+            if not is_out_of_memory(error):
+                raise
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

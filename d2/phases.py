@@ -134,9 +134,9 @@ class Job:
         worked_out = plan(alone(c, model), model_angles(c.views) if view else torch.zeros(1), 1 if view else c.frames)
         phase = "views" if view else "video"
         saved = self._saved(phase, self.basis)
-        line = self.pair.lines(
-            model, self._conditions(model, [picture], phase), guided_from=worked_out.guided_from(model)
-        )
+        conditions = self._conditions(model, [picture], phase)
+        levels = worked_out.guided_from(model), worked_out.shallow_at(model)
+        line = self.pair.lines(model, conditions, 1, None, *levels)
         models = (line, None) if view else (None, line)
         sigma = float(worked_out.sigmas[0])
 
@@ -161,7 +161,8 @@ class Job:
         conditions = self._conditions(model, pictures, axis)
         in_flight = c.frames if together else (c.rows_in_flight if model == "frame" else c.columns_in_flight) or 1
         chosen = conditions if lines is None else [conditions[line] for line in lines]
-        denoise = self.pair.lines(model, chosen, in_flight, together, worked_out.guided_from(model))
+        levels = worked_out.guided_from(model), worked_out.shallow_at(model)
+        denoise = self.pair.lines(model, chosen, in_flight, together, *levels)
         if self.redo is None or known is None:
             return denoise
         return cells.keeping(denoise, known, self.redo.mask(c.views, c.frames), axis, lines)
@@ -272,8 +273,12 @@ class _Loop:
     iterations: int
     basis: str
     state: State
+    safe: State = field(init=False)  # the last one that the loop can go on from by itself, which is what is saved
     estimate: Tensor | None = None  # [V, F, C, h, w], the last clean guess, for the preview
     in_flight: dict[str, int] = field(default_factory=dict)  # what was last said about memory
+
+    def __post_init__(self) -> None:
+        self.safe = self.state
 
     def run(
         self, columns: MatrixDenoiser | None, rows: MatrixDenoiser | None, noise: Callable[[int], Tensor]
@@ -300,6 +305,8 @@ class _Loop:
 
     def _seen(self, state: State) -> None:
         self.state = state
+        if self.plan.resumable(state.step):
+            self.safe = state
         c, steps = self.job.settings, self.plan.config.steps
         self._report()
         if self.in_flight != self.job.pair.in_flight:
@@ -314,7 +321,7 @@ class _Loop:
         stopping = bool(self.job.should_stop())
         if stopping or (whole and (state.step % c.save_every == 0 or state.step == steps)):
             self._save()
-        self.job.stop_if_asked(f"stopped the {self.phase} at step {state.step} of {steps}")
+        self.job.stop_if_asked(f"stopped the {self.phase} at step {self.safe.step} of {steps}")
 
     def _report(self) -> None:
         passes = [self.plan.passes(step) for step in range(self.plan.config.steps)]
@@ -322,7 +329,7 @@ class _Loop:
         self.job.observer.phase(self.phase, done, self.iterations * sum(passes))
 
     def _save(self) -> None:
-        snapshot.save(self._path, Snapshot(self.phase, self.iteration, self.state, self.basis))
+        snapshot.save(self._path, Snapshot(self.phase, self.iteration, self.safe, self.basis))
 
     @property
     def _path(self) -> Path:

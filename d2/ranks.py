@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class LeadingPair(Pair):
         in_flight: int = 1,
         blend: Blend | None = None,
         guided_from: float = math.inf,
+        shallow_at: Collection[float] = (),
     ) -> Shared:
         """As Pair.lines; everybody is sent the conditions."""
         here: dict[tuple[int, ...], MatrixDenoiser] = {}
@@ -71,12 +72,15 @@ class LeadingPair(Pair):
         def build(chosen: tuple[int, ...]) -> MatrixDenoiser:
             if chosen not in here:
                 some = [conditions[line] for line in chosen]
-                here[chosen] = Pair.lines(self, model, some, in_flight, blend, guided_from)
+                here[chosen] = Pair.lines(self, model, some, in_flight, blend, guided_from, shallow_at)
             return here[chosen]
 
         self.made += 1
         command = {"do": "lines", "number": self.made, "model": model, "count": len(conditions)}
-        options = {"in_flight": in_flight, "blend": blend and dataclasses.asdict(blend), "guided_from": guided_from}
+        options = {
+            "in_flight": in_flight, "blend": blend and dataclasses.asdict(blend), "guided_from": guided_from,
+            "shallow_at": list(shallow_at),
+        }  # fmt: skip
         shapes = [list(part.shape) for part in _compact(conditions[0])]
         self.group.broadcast(command | options | {"shapes": shapes})
         for part in (part for line in conditions for part in _compact(line)):
@@ -212,7 +216,7 @@ class _Builder:
     def __init__(self, pair: Pair, command: dict[str, Any], conditions: list[Conditioning]) -> None:
         self.pair, self.model, self.conditions = pair, command["model"], conditions
         blend = command["blend"] and Blend(**command["blend"])
-        self.options = command["in_flight"], blend, command["guided_from"]
+        self.options = command["in_flight"], blend, command["guided_from"], command["shallow_at"]
         self.made: dict[tuple[int, ...], MatrixDenoiser] = {}
 
     def __call__(self, chosen: tuple[int, ...]) -> MatrixDenoiser:

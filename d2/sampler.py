@@ -65,6 +65,13 @@ class SamplerConfig:
     guidance_skip: float = option(
         0.0, "guidance within this of 1 counts as 1, and the unconditional estimate is not computed", ge=0, le=100
     )
+    step_cache: int = option(
+        1,
+        "the networks are computed whole at each n-th noise level, between them all but their last stage is reused: "
+        "faster and less exact, as fewer steps are; takes memory for every cell (--dry-run)",
+        ge=1,
+        le=100,
+    )
     anchor_frame: int = option(0, "input frame that the views are sampled from; -1 is the last one")
     noise_from_mv: bool = option(False, "start around the reference views' latents instead of around 0")
     conv_blend: float | None = option(
@@ -113,6 +120,24 @@ class Plan(NamedTuple):
             if (guidance - 1).abs().max() > self.config.guidance_skip:
                 return sigma if step else math.inf
         return 0.0
+
+    def shallow_at(self, model: Literal["view", "frame"]) -> tuple[float, ...]:
+        """Noise levels at which a model reuses its deep features: a function of the level alone, for any rank.
+
+        Whole are every `step_cache`-th, the first that is guided, and those around a change of the models needed,
+        where lines may move to another rank.
+        """
+        c, levels, guided = self.config, self.sigmas[:-1].tolist(), self.guided_from(model)
+        use = [needed(self.weights(step), c.uc_type) for step in range(c.steps)]
+        return tuple(
+            sigma
+            for step, sigma in enumerate(levels)
+            if step % c.step_cache and sigma != guided and len(set(use[step - 1 : step + 2])) == 1
+        )
+
+    def resumable(self, step: int) -> bool:
+        """Whether nothing that an earlier step left in memory is needed from here on."""
+        return step % self.config.step_cache == 0 or step == self.config.steps
 
     def passes(self, step: int) -> int:
         """How often a step is taken."""

@@ -102,7 +102,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Outcome]:
     def run(
         *words: str | Path, env: dict[str, str] | None = None, cwd: Path = tmp_path, timeout: float = 120
     ) -> Outcome:
-        command = [sys.executable, "-m", "d2.cli.app", *map(str, words)]
+        command = [sys.executable, "-m", "d2.cli", *map(str, words)]
         env = cli_environment() | (env or {})
         done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=timeout)
         return Outcome(done.returncode, done.stdout, done.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -56,3 +57,26 @@ def test_agreement_of_rasterizers_is_told_for_the_picture_and_every_gradient():
 
 def test_a_disagreement_of_rasterizers_ends_with_1():
     assert agreement(1e-12).returncode == 1
+
+
+def test_every_kind_of_case_of_the_full_size_benchmark_runs_small_and_a_repeated_call_measures_nothing_anew(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    full_size = importlib.import_module("full_size")
+    kinds = ("full", "compile_graph", "step_cache_2", "low_vram_8_gb")
+    monkeypatch.setattr(full_size, "CASES", {name: full_size.CASES[name] for name in kinds})
+    counted = full_size.budget.Evaluation(flops=100, peak=1, weights=1, reusing=10, deep=8)
+    monkeypatch.setattr(full_size, "evaluation", lambda *words: counted)
+    words = ["--out", str(tmp_path / "record.json"), "--device", "cpu", "--size", "32", "--repeat", "1"]
+    assert full_size.main(words) == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    cases = record["cases"]
+    assert list(cases) == [*kinds, full_size.AROUND] and cases["compile_graph"] == {"skipped": "needs a GPU"}
+    assert all(cases[name]["peak_mb"] > 0 for name in cases if name != "compile_graph")
+    assert cases[full_size.AROUND]["row_seconds"] > 0 < cases[full_size.AROUND]["reference_seconds"]
+    assert set(record["speed_over_full"]) == {"full", "step_cache_2", "low_vram_8_gb"}
+    assert cases["full"]["step_cache_mb"] == 0 < cases["step_cache_2"]["step_cache_mb"]
+    monkeypatch.setattr(full_size, "measure", None)
+    assert full_size.main(words) == 0
+    assert "over full" in capsys.readouterr().out

@@ -74,10 +74,12 @@ def test_the_arithmetic_of_the_official_pair_is_that_of_its_specification(offici
     assert tera == pytest.approx(1.646 * (1 - 0.041), rel=0.01)  # cross-attention to one token is constant
     assert official.weights == pytest.approx(3.05e9, rel=0.01)
     line = {"view": 42 * int(1e12), "frame": 50 * int(1e12)}
-    total, slowest = budget._arithmetic(OFFICIAL, line, 8)
+    total, slowest = budget.joint_loop(OFFICIAL, line, 8)
     assert total == pytest.approx(126_000e12)  # forwards of pictures in 50 + 10 evaluations
     assert 0.94 < total / 8 / slowest <= 1
-    assert budget._arithmetic(OFFICIAL, line, 1) == (total, total)
+    assert budget.joint_loop(OFFICIAL, line, 1) == (total, total)
+    cached = dataclasses.replace(OFFICIAL, step_cache=2)
+    assert budget.joint_loop(cached, line, 1, dict.fromkeys(line, 0))[0] == pytest.approx(total / 2)
 
 
 def test_low_vram_stays_below_8_gb_and_below_12_without_feed_forward_chunks(official):
@@ -86,11 +88,21 @@ def test_low_vram_stays_below_8_gb_and_below_12_without_feed_forward_chunks(offi
     assert how.offload and how.halves and how.feed_forward_chunk
     chunked = budget.evaluation(low, "frame", how)
     whole = budget.evaluation(low, "frame", dataclasses.replace(how, feed_forward_chunk=0))
-    chunks = [budget.CONTEXT["cuda"] + found.weights + budget.SLACK * found.peak for found in (chunked, whole)]
-    assert chunks[0] < 8e9 and chunks[0] < chunks[1] < 12e9
     assert chunked.peak < whole.peak < official.peak
-    drawing = budget.decoding(low)
-    assert budget.CONTEXT["cuda"] + drawing.weights + budget.SLACK * drawing.peak < 8e9
+    drawing, look = budget.decoding(low), budget.looking(low)
+    one, two = (
+        budget.memory(low, how, {"view": found, "frame": found}, drawing, look, 1, "cuda") for found in (chunked, whole)
+    )
+    assert one.peak < 8e9 < two.peak < 12e9
+    cached = dataclasses.replace(low, step_cache=2)
+    cache = budget.memory(cached, how, {"view": chunked, "frame": chunked}, drawing, look, 1, "cuda").step_cache
+    assert cache == 320 * 72 * 72 * 2 * (25 * 25 + 21 * 25) * 2  # halves of 25 columns (as long as rows) and 21 rows
+    assert 7 < cache / budget.step_cache(cached, how, {"view": chunked, "frame": chunked}, ranks=8) <= 8
+
+
+def test_a_network_in_half_the_precision_takes_half_the_memory():
+    half, whole = (budget.evaluation(MIDDLE, "frame", Execution(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    assert half.peak / whole.peak == pytest.approx(0.5, abs=0.01)
 
 
 def test_lines_in_flight_are_what_free_memory_holds_and_one_on_a_cpu(monkeypatch):
@@ -105,10 +117,23 @@ def test_lines_in_flight_are_what_free_memory_holds_and_one_on_a_cpu(monkeypatch
 
 
 def test_a_dry_run_tells_its_plan_needs_no_weights_and_writes_nothing(run_cli, ball, tmp_path):
-    done = run_cli("generate", ball, "--preset", "tiny", "--dry-run", "--out", tmp_path / "run", "--device", "cpu")
+    done = run_cli(
+        "generate",
+        ball,
+        "--preset",
+        "tiny",
+        "--set",
+        "step_cache=2",
+        "--dry-run",
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    )
     assert done.code == 0, done.stderr
     assert re.search(r"memory: \d+\.\d GB at most of .* GB free: fits", done.stdout)
-    assert all(word in done.stdout for word in ("PFLOP", "in flight", "time: about"))
+    assert all(word in done.stdout for word in ("PFLOP", "in flight", "time: about", "and the step cache 0.0 GB"))
+    assert re.search(r"on a GPU: \d\.\d GB: fits 6 GB", done.stdout)
     assert not (tmp_path / "run").exists()
     assert run_cli("generate", tmp_path / "none.png", "--dry-run").code == 3
 

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watched import bits
+from watched import bits, stop_at
 
 from d2 import launch
 from d2.config import load
 from d2.denoiser import UNetDenoiser
-from d2.errors import D2Error, InputError, ResourceError, SetupError, WorkerError
+from d2.errors import D2Error, InputError, ResourceError, SetupError, Stopped, WorkerError
 from d2.pair import load_models
 from d2.phases import STATE
 from d2.ranks import LeadingPair, serve, shares
@@ -113,6 +113,16 @@ def test_columns_that_look_at_each_other_and_a_guidance_that_warms_up_are_shared
     generate(clip, tmp_path / "one", sets=sets)
     generate_on(2, clip, tmp_path / "two", sets=sets)
     assert bits(tmp_path / "one") == bits(tmp_path / "two")
+
+
+def test_reused_features_are_the_same_for_any_number_of_ranks_and_after_a_stop(generate_on, generate, clip, tmp_path):
+    # The view model drops out at half of the steps: from there on the rows lie on other ranks.
+    sets = ("step_cache=3", "steps=5", "method=heun", "vrs_steps=2", "svd_only_from=0.5", "svd_cfg_warmup=true")
+    generate(clip, tmp_path / "one", sets=sets)
+    with pytest.raises(Stopped, match="at step 3 of 5"):
+        generate_on(3, clip, tmp_path / "three", sets=sets, **stop_at("matrix", 6))
+    generate_on(3, clip, tmp_path / "three", sets=sets)
+    assert bits(tmp_path / "one") == bits(tmp_path / "three")
 
 
 def test_cells_that_are_sampled_again_are_shared_out_too(generate_on, generate, clip, finished, tmp_path):

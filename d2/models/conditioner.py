@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2.models.blocks import sinusoid
 from d2.models.clip import OpenCLIP, ViTConfig
 from d2.models.patch import PatchConfig, PatchEncoder
-from d2.models.unet import ContextTokens
+from d2.models.unet import ContextTokens, Deep
 from d2.models.vae import KLAutoencoder, VAEConfig
 
 SVD_SLOTS = ("image", "fps", "motion", "latent", "augmentation")  # the checkpoint numbers its embedders so
@@ -33,6 +33,7 @@ class Conditioning:
     concat: Tensor  # [B, T, C, h, w], not multiplied by the latent scale factor
     vector: Tensor  # [B, T, A]
     tokens: ContextTokens | None = None  # the network's projection of crossattn, where it is cached
+    deep: Deep | None = None  # where a network leaves or finds what it need not compute again
 
     def unconditional(self) -> Conditioning:
         """Without the picture; the numbers stay."""

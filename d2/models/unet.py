@@ -43,6 +43,16 @@ class UNetConfig:
     norm_groups: int = GROUPS
 
 
+@dataclass(eq=False)
+class Deep:
+    """What the last stage of a network takes from all the others: an evaluation fills it, or spares them where it is.
+
+    Reusing it between neighbouring noise levels is DeepCache (Ma et al. 2023) at its shallowest branch.
+    """
+
+    features: Tensor | None = None  # [B T, C, h, w]
+
+
 SVD_XT = UNetConfig()
 SV3D_P = UNetConfig(adm_in_channels=1280)
 
@@ -107,18 +117,37 @@ class VideoUNet(nn.Module):
         vector: Tensor,  # [B T, adm_in_channels]
         T: int,  # pictures in each clip
         blend: Blend | None = None,
+        deep: Deep | None = None,
     ) -> Tensor:  # [B T, out_channels, h, w]
-        """One evaluation; the same dtype as the weights throughout."""
+        """One evaluation; the same dtype as the weights throughout.
+
+        An empty `deep` is filled; with a full one only the first convolution and the last stage are computed.
+        """
         emb = self.time_embed(sinusoid(c_noise, self.config.model_channels).to(x.dtype)) + self.label_emb(vector)
+        first = self.input_blocks[0](x, emb, iter(()), T, blend)
+        deep = deep or Deep()
+        if deep.features is None:
+            deep.features = self._below_the_last(first, emb, tokens, T, blend)
+        last = torch.cat([deep.features, first], dim=1)
+        return self.out(self.output_blocks[-1](last, emb, iter(tokens[-1:]), T, blend))
+
+    def _below_the_last(
+        self,
+        x: Tensor,  # [B T, model_channels, h, w], what the first convolution makes
+        emb: Tensor,  # [B T, 4 model_channels]
+        tokens: ContextTokens,
+        T: int,
+        blend: Blend | None,
+    ) -> Tensor:  # [B T, C, h, w]
         remaining = iter(tokens)
         skips = []
-        for stage in self.input_blocks:
+        for stage in self.input_blocks[1:]:
             x = stage(x, emb, remaining, T, blend)
             skips.append(x)
         x = self.middle_block(x, emb, remaining, T, blend)
-        for stage in self.output_blocks:
+        for stage in self.output_blocks[:-1]:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb, remaining, T, blend)
-        return self.out(x)
+        return x
 
     def project_context(
         self,

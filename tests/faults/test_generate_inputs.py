@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny_pair import draw_ball, single_thread
 
-from d2 import fileio, generation
+from d2 import fileio, generation, pair
 from d2.cli import app
 from d2.denoiser import UNetDenoiser
 from d2.errors import Stopped
@@ -306,6 +306,27 @@ def test_a_nan_names_step_model_and_cell_and_the_state_before_it_is_kept(begin, 
     assert fileio.read_tensors(tmp_path / "run" / STATE)[1]["step"] == "2"
     monkeypatch.undo()
     assert Run.open(tmp_path / "run").stage("generate") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "sampling"), (MemoryError(), "drawing")],
+)
+def test_row_59_the_hosts_memory_running_out_ends_with_5_and_the_state_stays(
+    begin, ball, unfinished, monkeypatch, where, error
+):
+    def fail(*words):
+        raise error
+
+    before = tree(unfinished)
+    monkeypatch.setattr(*((UNetDenoiser, "__call__", fail) if where == "sampling" else (pair.Stage, "decode", fail)))
+    code, line = begin(ball)
+    assert code == 5 and line.startswith("error: out of memory")
+    assert ("with 1 columns in flight" in line and "go on with: d2 generate" in line) == (where == "sampling")
+    after = tree(unfinished)
+    assert {path for path in before if after[path] != before[path]} <= {unfinished / STATE}
+    step = int(fileio.read_tensors(unfinished / STATE)[1]["step"])
+    assert step == (2 if where == "sampling" else 3)
 
 
 def test_a_second_signal_ends_at_once_with_valid_files(tiny, clip, tmp_path):
