@@ -200,8 +200,8 @@ class Pair:
         self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256."""
-        return {path.name: fileio.sha256(path) for path in self.paths.values()}
+        """File name -> sha256, of a folder of diffusers that of its files' names and digests."""
+        return {self.specs[model].filename: weights.digest(path) for model, path in self.paths.items()}
 
     def release(self) -> None:
         """Lets the UNets go, so that the decoder has the memory."""
