@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from d2 import fileio, machine
 from d2.config import config, option
-from d2.denoiser import Estimate, GatedDenoiser, Lines, MatrixDenoiser, UNetDenoiser, in_turn
+from d2.denoiser import Denoiser, Estimate, GatedDenoiser, Lines, MatrixDenoiser, OwnDenoiser, UNetDenoiser, in_turn
 from d2.errors import InputError, ResourceError, SetupError
 from d2.models import weights
 from d2.models.blocks import Blend, FeedForward
@@ -139,16 +140,18 @@ def load_models(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     execution: Execution | None = None,
+    denoisers: Mapping[Model, OwnDenoiser] = MappingProxyType({}),  # in the place of a model's UNet
 ) -> Pair:
     """The pair found in `folder`, $D2_WEIGHTS or checkpoints/, both headers checked, no tensor read yet.
 
-    Raises SetupError where a file is missing or is not exactly the checkpoint that `settings` describes.
+    With a view denoiser given, the view checkpoint is not needed.  Raises SetupError where a file is missing or is not
+    exactly the checkpoint that `settings` describes.
     """
     specs: dict[Model, ModelSpec] = {"view": settings.spec("view"), "frame": settings.spec("frame")}
-    paths = _find(specs, folder)
-    for model, spec in specs.items():
-        weights.check(paths[model], spec)
-    return Pair(settings, specs, paths, torch.device(device), execution or Execution())
+    paths = _find({model: spec for model, spec in specs.items() if model == "frame" or model not in denoisers}, folder)
+    for model, path in paths.items():
+        weights.check(path, specs[model])
+    return Pair(settings, specs, paths, torch.device(device), execution or Execution(), denoisers)
 
 
 def checks(folder: str | Path | None = None) -> list[machine.Check]:
@@ -177,13 +180,16 @@ def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Mode
         except SetupError as error:
             missing.append(str(error))
     if missing:
-        hint = " -- or try the small models that come with d2: --preset tiny" if specs["view"].repository else ""
+        hint = " -- or try the small models that come with d2: --preset tiny" if specs["frame"].repository else ""
         raise SetupError(" -- and ".join(missing) + hint)
     return paths
 
 
 class Pair:
-    """Both models.  At most the two UNets stay loaded; the rest comes and goes with the call that needs it."""
+    """Both models.  At most the two UNets stay loaded; the rest comes and goes with the call that needs it.
+
+    Where the view checkpoint is not needed, the frame model's networks look at pictures and draw them for both.
+    """
 
     def __init__(
         self,
@@ -192,9 +198,10 @@ class Pair:
         paths: dict[Model, Path],
         device: torch.device,
         execution: Execution,
+        denoisers: Mapping[Model, OwnDenoiser] = MappingProxyType({}),
     ) -> None:
         self.settings, self.specs, self.paths = settings, specs, paths
-        self.device, self.execution = device, execution
+        self.device, self.execution, self.denoisers = device, execution, denoisers
         self.unets: dict[Model, VideoUNet] = {}
         self.offloaded: dict[Model, Offload] = {}
         self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
@@ -254,11 +261,12 @@ class Pair:
         as many lines are tried, down to one, then the halves of its guidance pair one after the other;
         `in_flight` says how many lines it became.  Raises ResourceError where that is too much too.
         """
-        unet = self._unet(model)
+        own: Denoiser | None = self.denoisers.get(model)
+        unet = None if own else self._unet(model)
         offloaded = self.offloaded.get(model)
         if offloaded:
             offloaded.fetch(whole=True)
-        denoiser = precondition(self.settings, model, unet, blend)
+        denoiser = own or precondition(self.settings, model, cast(VideoUNet, unet), blend)
         lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves)
         if offloaded:
             offloaded.release()
@@ -325,7 +333,7 @@ class Pair:
 
     def first_stage(self, model: Model) -> Stage:
         """The autoencoder that a model's latents are drawn with, and for the frame model encoded with."""
-        return Stage(cast(FirstStage | PatchFirstStage, self._load(model, "first_stage")), self.device)
+        return Stage(cast(FirstStage | PatchFirstStage, self._load(model, "first_stage")), self.device, model == "view")
 
     @functools.cache  # noqa: B019 (a pair lives as long as its run)
     def colours(self) -> tuple[np.ndarray, float]:  # [C, 3] in -1..1
@@ -336,14 +344,19 @@ class Pair:
         return stage.decoder.expand.weight.mean((2, 3)).cpu().numpy(), 1.0
 
     def _load(self, model: Model, part: weights.Part) -> Any:
+        model = model if model in self.paths else "frame"
         return weights.load(self.paths[model], self.specs[model], part, torch.float32, self.device)
 
 
 class Stage:
-    """An autoencoder in float32; latents and pictures come and go on the CPU."""
+    """An autoencoder in float32; latents and pictures come and go on the CPU.
 
-    def __init__(self, module: FirstStage | PatchFirstStage, device: torch.device) -> None:
+    Views are no clip (`apart`): a decoder that looks along time gets them one by one.
+    """
+
+    def __init__(self, module: FirstStage | PatchFirstStage, device: torch.device, apart: bool) -> None:
         self.module, self.device = module, device
+        self.apart = apart and isinstance(module, FirstStage) and module.video
 
     @torch.no_grad()
     def decode(
@@ -352,7 +365,7 @@ class Stage:
         chunk: int,  # pictures at a time
     ) -> Tensor:  # [T, 3, H, W] in 0..1
         """Pictures of one line."""
-        pictures = self.module.decode(latents.to(self.device), chunk)
+        pictures = self.module.decode(latents.to(self.device), 1 if self.apart else chunk)
         return ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
