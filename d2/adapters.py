@@ -13,7 +13,7 @@ autoencoder; the view model's is not needed beside a `view_denoiser`.
         return cond.concat + gain[:, None, None, None, None] * (x - cond.concat)
 
     unguided = ("frame_guidance_min=1", "frame_guidance_max=1")
-    d2.generate("toy.png", "runs/still", preset="tiny", frame_denoiser=still, sets=unguided)
+    d2.generate("tests/data/toy.png", "runs/still", preset="tiny", frame_denoiser=still, sets=unguided)
 
 (Latents of Stable Diffusion's autoencoder are d2.models.vae.SCALE_FACTOR times `cond.concat`.)  `DiffusersFrames` is
 Stable Video Diffusion as diffusers holds it, with d2's conditioning:
