@@ -199,7 +199,7 @@ def test_a_camera_path_of_the_viewer_is_rendered_like_ours(trained, tmp_path):
     words = ["--camera-path", str(path), "--format", "png", "--background", "white", "--out", str(tmp_path / "ours")]
     done = CliRunner().invoke(app, ["render", str(model_of(trained)), *words, "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    ours = sorted((tmp_path / "ours").glob("*.png"))
+    ours = sorted((tmp_path / "ours").rglob("*.png"))
     assert len(theirs) == len(ours) == 8
     for a, b in zip(theirs, ours, strict=True):
         a, b = (images.read_rgba(file)[0][..., :3].astype(int) for file in (a, b))
