@@ -32,9 +32,10 @@ test-ray: venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_batch.py -m ray
 
-# Lays nerfstudio over what .venv holds, and trains, evaluates and renders in it: minutes.
+# Lays nerfstudio and diffusers over what .venv holds, trains, evaluates and renders in the one and compares SVD with the
+# other's: minutes.
 test-nerfstudio: .venv-nerfstudio/done
-	.venv-nerfstudio/bin/python -m pytest tests/nerf -o filterwarnings=
+	.venv-nerfstudio/bin/python -m pytest tests/nerf tests/models/test_diffusers.py tests/test_adapters.py -o filterwarnings=
 
 .venv-nerfstudio/done: .venv/done tests/nerf/requirements.txt
 	test -x .venv-nerfstudio/bin/python || $(PYTHON) -m venv .venv-nerfstudio

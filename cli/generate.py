@@ -18,7 +18,9 @@ ASSET = typer.Option(None, help="Instead: a mesh (glb, obj, ply, stl...) or a 3D
 OUT = typer.Option(None, help="Run folder to write; default: runs/<name of the input>.")
 PRESET = typer.Option("full", help="full, fast, low-vram, tiny (comes with d2), or a YAML file of fields.")
 WEIGHTS = typer.Option(
-    None, help="Folder with svd_xt.safetensors and sv3d_p.safetensors; default: $D2_WEIGHTS or checkpoints/."
+    None,
+    help="Folder with sv3d_p.safetensors and svd_xt.safetensors (or SVD as diffusers keeps it: unet/, vae/,"
+    " image_encoder/); default: $D2_WEIGHTS or checkpoints/.",
 )
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
 GPUS = typer.Option(1, min=1, max=1024, help="GPUs of this machine that share the work; with --device cpu, processes.")

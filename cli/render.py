@@ -15,9 +15,11 @@ def render(
     path: Annotated[
         str,
         typer.Option(
+            "--path",
+            "--camera-path",
             help="turntable (one turn, time stands), orbit-time (one turn while the clip plays in whole loops), bullet"
             " (time stands in mid-clip while the camera goes round), input (the input's own camera), or a file:"
-            " nerfstudio's camera_path.json or a transforms.json."
+            " nerfstudio's camera_path.json or a transforms.json.",
         ),
     ] = "turntable",
     format: Annotated[

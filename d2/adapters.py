@@ -1,15 +1,33 @@
 """Other models in the matrix: plain functions and foreign networks as the denoisers that d2 composes.
 
-A two-line denoiser, and the matrix it gives together with another one::
+`d2.generate` takes them in the place of its own UNets: `frame_denoiser` gets rows, a view's F frames, `view_denoiser`
+columns, a moment's V views, with the last one the input's.  Both are called as f(x, sigma, cond): noisy latents
+[B, T, C, h, w], their noise levels [B], and the reference picture of each of the B lines in `cond`
+(d2.models.conditioner.Conditioning): its latent in `cond.concat` [B, T, C, h, w], its CLIP token in `cond.crossattn`.
+They return the clean estimate, like x.  Each line is also asked for without its reference (both are zeros), for
+guidance; a model that knows no guidance wants it at 1, and is then asked once.  The frame model's checkpoint gives the
+autoencoder; the view model's is not needed beside a `view_denoiser`.
+
+    def still(x, sigma, cond):  # the exact denoiser of N(reference, 0.05²) in every frame: nothing moves
+        gain = 0.05**2 / (0.05**2 + sigma**2)
+        return cond.concat + gain[:, None, None, None, None] * (x - cond.concat)
+
+    unguided = ("frame_guidance_min=1", "frame_guidance_max=1")
+    d2.generate("tests/data/toy.png", "runs/still", preset="tiny", frame_denoiser=still, sets=unguided)
+
+(Latents of Stable Diffusion's autoencoder are d2.models.vae.SCALE_FACTOR times `cond.concat`.)  `DiffusersFrames` is
+Stable Video Diffusion as diffusers holds it, with d2's conditioning:
+
+    pipeline = diffusers.StableVideoDiffusionPipeline.from_pretrained(folder)
+    d2.generate("cat.png", weights=folder, frame_denoiser=DiffusersFrames(pipeline.unet))
+
+`sample` is the sampler alone, without pictures, for denoisers of the whole matrix: `rows` and `columns` make them of a
+function of x and sigma, `d2.denoiser.Lines` of a network with guidance.
 
     def around(mean, spread):  # the posterior mean under N(mean, spread²), in closed form
         return lambda x, sigma: mean + spread**2 / (spread**2 + sigma**2) * (x - mean)
 
-    latents = sample(rows(around(0.3, 0.5)), rows(around(0.5, 0.2)), (3, 4, 4, 8, 8), steps=20)
-
-`views` and `frames` are denoisers of the whole matrix: `rows` and `columns` make them of a function, of one sequence
-at a time; `d2.denoiser.Lines` of a network with guidance.  `DiffusersFrames` is Stable Video Diffusion as diffusers
-holds it (`StableVideoDiffusionPipeline(...).unet`), with d2's conditioning.
+    latents = sample(columns(around(0.3, 0.5)), rows(around(0.5, 0.2)), (3, 4, 4, 8, 8), steps=20)
 """
 
 from __future__ import annotations
@@ -21,7 +39,7 @@ import torch
 from torch import Tensor
 
 from d2.config import load
-from d2.denoiser import Estimate, scalings
+from d2.denoiser import Estimate, like, scalings
 from d2.errors import InputError
 from d2.models.conditioner import Conditioning
 from d2.noise import matrix_noise, starting_point
@@ -34,9 +52,7 @@ def rows(function: Function) -> MatrixDenoiser:
     """A denoiser of whole rows (one view, T = F moments), without guidance: both estimates are the function's."""
 
     def denoise(x: Tensor, sigma: float) -> Estimate:
-        found = function(x, torch.tensor(sigma, dtype=x.dtype, device=x.device))
-        if found.shape != x.shape:
-            raise InputError(f"a denoiser returned {list(found.shape)} for {list(x.shape)}; expected the same shape")
+        found = like(x, function(x, torch.tensor(sigma, dtype=x.dtype, device=x.device)))
         return Estimate(found, found)
 
     return denoise
@@ -78,7 +94,7 @@ def sample(
 
 
 class DiffusersFrames:
-    """The UNet of diffusers' StableVideoDiffusionPipeline as a frame denoiser, for d2.denoiser.Lines.
+    """The UNet of diffusers' StableVideoDiffusionPipeline as a frame denoiser, for d2.generate and d2.denoiser.Lines.
 
     D(x; sigma) = c_skip·x + c_out·F(c_in·x, ln(sigma)/4), EDM's scalings with v-prediction, as in UNetDenoiser; token
     and reference latent come with the conditioning, the three numbers are given here.

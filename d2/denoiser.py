@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from d2.errors import InputError
 from d2.models.blocks import Blend
 from d2.models.conditioner import Conditioning, join
 from d2.models.unet import Deep, VideoUNet
@@ -163,6 +164,37 @@ class GatedDenoiser(UNetDenoiser):
         rest = x - m
         A, G = self.network(c_in * rest, c_noise, cond).chunk(2, dim=2)
         return m + c_skip * (1 - G) * rest + c_out * A
+
+
+class OwnDenoiser:
+    """A function of the user's, (x, sigma, cond) -> denoised, as a Denoiser that is looked at.
+
+    Raises InputError where it returns anything but a tensor like x.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Conditioning], Tensor]) -> None:
+        self.function = function
+        self.name: str = getattr(function, "__qualname__", type(function).__qualname__)
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, T, C, h, w]
+        sigma: Tensor,  # [B]
+        cond: Conditioning,
+    ) -> Tensor:  # like x
+        with torch.no_grad():
+            return like(x, self.function(x, sigma, cond), self.name)
+
+    def prepare(self, cond: Conditioning) -> Conditioning:
+        return cond
+
+
+def like(x: Tensor, found: Tensor, name: str = "a denoiser") -> Tensor:  # like x
+    """What a denoiser made of `x`; raises InputError where that has another shape."""
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"{name} returned {got} for {list(x.shape)}; expected a tensor of the same shape")
+    return found.to(x)
 
 
 class AnalyticDenoiser:

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from d2 import __version__, asset, budget, cells, fileio, images, inputs, launch, preprocess
 from d2 import config as configuration
 from d2.asset import Asset
+from d2.denoiser import OwnDenoiser
 from d2.errors import ConflictError, InputError
 from d2.inputs import Clip
 from d2.matrix import cell_path
-from d2.pair import Pair, check_size, model_angles
+from d2.models.conditioner import Conditioning
+from d2.pair import Model, Pair, check_size, model_angles
 from d2.phases import INPUT, KEPT, REFERENCE_VIDEO, REFERENCE_VIEWS, Job, Observer
 from d2.run import MANIFEST, Run, is_run
 from d2.sampler import anchor, plan
@@ -33,13 +36,11 @@ STAGE = "generate"
 DEFAULT_FPS = 24.0
 BYTES_A_PIXEL = 4  # of a cell as PNG, at worst
 SHAPE = ("views", "frames", "size", "elevation_deg", "elevations_deg", "radius", "fov_deg", "clockwise")
-FREE_FOR_COMPARISON = (
-    "d2",
-    "torch",
-    "input",
-    "fps",
-    "rank_timeout",
-)  # recorded, but another one may go on with the run
+FREE_FOR_COMPARISON = ("d2", "torch", "input", "fps", "rank_timeout")  # recorded; others may go on with the run
+
+
+# x [B, T, C, h, w], sigma [B], what B sequences are conditioned on -> the clean estimate, like x
+Function = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def generate(
     references_only: bool = False,
     redo: str | None = None,
     processes: int = 1,
+    view_denoiser: Function | None = None,
+    frame_denoiser: Function | None = None,
     observer: Observer | None = None,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> Generation:
@@ -93,29 +96,26 @@ def generate(
     they lie there, and keeps every other cell; seed and sampler may differ, the folder is replaced after success, and
     what was reconstructed from the old matrix goes with it, which needs `overwrite`.
     `processes` ranks share the work, each with a GPU or a part of the CPU; or those that torchrun started.
-    `should_stop()` returns a signal number to end early with everything saved (raises Stopped).
+    `view_denoiser` and `frame_denoiser`, functions of x, sigma and conditioning (d2.adapters), stand in for a model's
+    UNet; resuming compares their names only.  `should_stop()` returns a signal number to end early, saved (Stopped).
 
     Raises InputError for input and configuration, SetupError for weights and packages, ResourceError for disk and
     memory, NumericalError (step, model, cell) where an estimate is not finite, WorkerError where a rank was lost.
     """
     begin, observer = time.monotonic(), observer or Observer()
     settings = configuration.load(GenerateConfig, configuration.preset_path(preset, "generate"), sets=sets)
-    _check_settings(settings, observer)
+    own = _check_settings(settings, observer, {"view": view_denoiser, "frame": frame_denoiser}, processes)
     if launch.helps():
-        launch.help_out(launch.load(settings, weights, device), settings)
+        launch.help_out(launch.load(settings, weights, device, own), settings)
         return Generation(Path(out or ""), settings.views, settings.frames, time.monotonic() - begin, False)
-    if isinstance(source, str | Path):
-        source, solid = Path(source), False
-        given = _read(source, settings, views, mask, remove_background, observer)
-    else:
-        given = _drawn(source, settings, views, mask)
-        source, solid = source.path, True
+    given = _read(source, settings, views, mask, remove_background, observer)
+    source, solid = (Path(source), False) if isinstance(source, str | Path) else (source.path, True)
     home = Path(out) if out is not None else Path("runs") / source.resolve().stem
     again = cells.parse(redo, settings.views, settings.frames) if redo is not None else None
     _require_place(home, overwrite or keep_finished or again is not None)
     if again:
         _require_same_shape(home, settings, overwrite)
-    pair = launch.load(settings, weights, device)
+    pair = launch.load(settings, weights, device, own)
     fileio.require_space(home, _space(settings))
     observer.message("Taking the checksums of the models")
     identity = _identity(settings, source, given, pair) | _redo_identity(home, redo)
@@ -130,6 +130,7 @@ def generate(
         words = ["--asset"] * solid + [fileio.quoted(source)]
         command = _resume_command(words, home, preset, sets, weights, views, mask, remove_background, overwrite)
         command += f" --cells {redo}" * bool(redo) + f" --gpus {processes}" * (processes > 1)
+        command = "the same call of d2.generate" if own else command
         with _held(home, target, settings.fps or given.clip.fps or DEFAULT_FPS) as run:
             if pictures:
                 _write_inputs(run.folder, pictures, identity)
@@ -137,7 +138,7 @@ def generate(
             job = Job(run, fitted, pair, _digest(_compared(identity)), observer, should_stop, command, again)
             job.references()
             if not references_only:
-                job.draw(job.matrix(), _record(identity, settings, given))
+                job.draw(job.matrix(), _record(identity, settings, given, pair))
     if references_only:
         return replace(done, folder=target, seconds=time.monotonic() - begin, finished=False)
     if target != home:
@@ -145,7 +146,19 @@ def generate(
     return replace(done, seconds=time.monotonic() - begin)
 
 
-def _check_settings(settings: GenerateConfig, observer: Observer) -> None:
+def _check_settings(
+    settings: GenerateConfig, observer: Observer, given: dict[Model, Function | None], processes: int
+) -> dict[Model, OwnDenoiser]:
+    """The denoisers that are given, after everything that needs no input was checked."""
+    own: dict[Model, OwnDenoiser] = {
+        model: OwnDenoiser(function) for model, function in given.items() if function is not None
+    }
+    if own and processes > 1:
+        raise InputError(
+            f"processes is {processes}; a denoiser of your own stays in its process: 1, or torchrun's ranks"
+        )
+    if "view" in own and settings.conv_blend is not None:
+        raise InputError("conv_blend changes the view model's UNet, which view_denoiser stands in for; leave it off")
     check_size(settings.size, settings)
     plan(settings, model_angles(settings.views), settings.frames)
     anchor(settings, settings.frames)
@@ -154,16 +167,19 @@ def _check_settings(settings: GenerateConfig, observer: Observer) -> None:
         number = getattr(settings, name)
         if number != trained and settings.view_source:
             observer.message(f"Warning: {name} is {number}; the official weights were trained at {trained}")
+    return own
 
 
 def _read(
-    source: Path,
+    source: str | Path | Asset,
     settings: GenerateConfig,
     views: str | Path | None,
     mask: str | Path | None,
     remove_background: bool,
     observer: Observer,
 ) -> Source:
+    if not isinstance(source, str | Path):
+        return _drawn(source, settings, views, mask)
     clip = inputs.read(source, settings.frames, settings.pick, observer.message)
     if mask is not None:
         clip = inputs.with_masks(clip, mask)
@@ -310,22 +326,18 @@ def _identity(settings: GenerateConfig, source: Path, given: Source, pair: Pair)
         "torch": str(torch.__version__),
     }
     record |= {f"{name}_sha256": digest for name, digest in pair.digests().items()}
+    record |= {f"{model}_denoiser": denoiser.name for model, denoiser in pair.denoisers.items()}
     return json.loads(json.dumps(record))  # lists for tuples, as the file will give them back
 
 
-def _record(identity: dict[str, Any], settings: GenerateConfig, given: Source) -> dict[str, Any]:
+def _record(identity: dict[str, Any], settings: GenerateConfig, given: Source, pair: Pair) -> dict[str, Any]:
     """What the manifest says about the stage."""
     models = {
-        f"{name}.safetensors": {
-            "sha256": identity[f"{name}.safetensors_sha256"],
-            "source": where,
-            "licence": settings.licence,
+        spec.filename: {
+            "sha256": identity[f"{spec.filename}_sha256"], "source": spec.repository, "licence": spec.licence
         }
-        for name, where in (
-            (settings.view_model, settings.view_source),
-            (settings.frame_model, settings.frame_source),
-        )
-    }
+        for spec in (pair.specs[model] for model in pair.paths)
+    } | {own.name: {"source": f"given as {model}_denoiser"} for model, own in pair.denoisers.items()}  # fmt: skip
     return {
         "seed": settings.seed,
         "size": settings.size,

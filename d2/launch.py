@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from d2 import config as configuration
 from d2 import machine
+from d2.denoiser import OwnDenoiser
 from d2.errors import D2Error, InputError, SetupError
 from d2.pair import Execution, Model, Pair, load_models
 from d2.ranks import LeadingPair, serve
@@ -45,14 +46,16 @@ def helps() -> bool:
     return of_torchrun()[0] > 0
 
 
-def load(settings: GenerateConfig, weights: str | Path | None, device: str) -> Pair:
+def load(
+    settings: GenerateConfig, weights: str | Path | None, device: str, denoisers: Mapping[Model, OwnDenoiser]
+) -> Pair:
     """The models, looked at and not read yet, to run as the settings say. Raises InputError and SetupError."""
     place = _own_device(machine.choose_device(device))
     if settings.compile != "off" and place.type != "cuda":
         raise InputError(f"compile {settings.compile}: on a GPU only; leave it off")
     if settings.compile != "off" and settings.offload:
         raise InputError(f"compile {settings.compile}: a network that comes and goes (offload) is not compiled")
-    return load_models(settings, weights, place, execution(settings, place))
+    return load_models(settings, weights, place, execution(settings, place), denoisers)
 
 
 def execution(settings: GenerateConfig, device: torch.device) -> Execution:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from d2 import fileio, machine
 from d2.config import config, option
-from d2.denoiser import Estimate, GatedDenoiser, Lines, MatrixDenoiser, UNetDenoiser, in_turn
+from d2.denoiser import Denoiser, Estimate, GatedDenoiser, Lines, MatrixDenoiser, OwnDenoiser, UNetDenoiser, in_turn
 from d2.errors import InputError, ResourceError, SetupError, is_out_of_memory
 from d2.models import weights
 from d2.models.blocks import Blend, FeedForward
@@ -36,6 +37,7 @@ from d2.models.unet import UNetConfig, VideoUNet
 from d2.models.vae import FirstStage, VAEConfig
 from d2.models.weights import SV3D, SVD, ModelSpec
 from d2.previews import LATENT_RGB
+from d2.stage import Stage
 
 Model = Literal["view", "frame"]
 AXES: dict[Model, Literal["columns", "rows"]] = {"view": "columns", "frame": "rows"}
@@ -139,16 +141,18 @@ def load_models(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     execution: Execution | None = None,
+    denoisers: Mapping[Model, OwnDenoiser] = MappingProxyType({}),  # in the place of a model's UNet
 ) -> Pair:
     """The pair found in `folder`, $D2_WEIGHTS or checkpoints/, both headers checked, no tensor read yet.
 
-    Raises SetupError where a file is missing or is not exactly the checkpoint that `settings` describes.
+    With a view denoiser given, the view checkpoint is not needed.  Raises SetupError where a file is missing or is not
+    exactly the checkpoint that `settings` describes.
     """
     specs: dict[Model, ModelSpec] = {"view": settings.spec("view"), "frame": settings.spec("frame")}
-    paths = _find(specs, folder)
-    for model, spec in specs.items():
-        weights.check(paths[model], spec)
-    return Pair(settings, specs, paths, torch.device(device), execution or Execution())
+    paths = _find({model: spec for model, spec in specs.items() if model == "frame" or model not in denoisers}, folder)
+    for model, path in paths.items():
+        weights.check(path, specs[model])
+    return Pair(settings, specs, paths, torch.device(device), execution or Execution(), denoisers)
 
 
 def checks(folder: str | Path | None = None) -> list[machine.Check]:
@@ -177,13 +181,16 @@ def _find(specs: dict[Model, ModelSpec], folder: str | Path | None) -> dict[Mode
         except SetupError as error:
             missing.append(str(error))
     if missing:
-        hint = " -- or try the small models that come with d2: --preset tiny" if specs["view"].repository else ""
+        hint = " -- or try the small models that come with d2: --preset tiny" if specs["frame"].repository else ""
         raise SetupError(" -- and ".join(missing) + hint)
     return paths
 
 
 class Pair:
-    """Both models.  At most the two UNets stay loaded; the rest comes and goes with the call that needs it."""
+    """Both models.  At most the two UNets stay loaded; the rest comes and goes with the call that needs it.
+
+    Where the view checkpoint is not needed, the frame model's networks look at pictures and draw them for both.
+    """
 
     def __init__(
         self,
@@ -192,16 +199,17 @@ class Pair:
         paths: dict[Model, Path],
         device: torch.device,
         execution: Execution,
+        denoisers: Mapping[Model, OwnDenoiser] = MappingProxyType({}),
     ) -> None:
         self.settings, self.specs, self.paths = settings, specs, paths
-        self.device, self.execution = device, execution
+        self.device, self.execution, self.denoisers = device, execution, denoisers
         self.unets: dict[Model, VideoUNet] = {}
         self.offloaded: dict[Model, Offload] = {}
         self.in_flight: dict[str, int] = {}  # axis -> lines in flight, where memory allowed fewer than asked for
 
     def digests(self) -> dict[str, str]:
-        """File name -> sha256."""
-        return {path.name: fileio.sha256(path) for path in self.paths.values()}
+        """File name -> sha256, of a folder of diffusers that of its files' names and digests."""
+        return {self.specs[model].filename: weights.digest(path) for model, path in self.paths.items()}
 
     def release(self) -> None:
         """Lets the UNets go, so that the decoder has the memory."""
@@ -255,12 +263,14 @@ class Pair:
         many lines are tried, down to one, then the halves of its guidance pair one after the other; `in_flight`
         says how many lines it became.  Raises ResourceError where that is too much too.
         """
-        unet = self._unet(model)
+        own: Denoiser | None = self.denoisers.get(model)
+        unet = None if own else self._unet(model)
         offloaded = self.offloaded.get(model)
         if offloaded:
             offloaded.fetch(whole=True)
-        denoiser = precondition(self.settings, model, unet, blend)
-        lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves, shallow_at)
+        denoiser = own or precondition(self.settings, model, cast(VideoUNet, unet), blend)
+        reuses = () if own else shallow_at
+        lines = Lines(denoiser, conditions, AXES[model], in_flight, guided_from, self.execution.halves, reuses)
         if offloaded:
             offloaded.release()
 
@@ -327,7 +337,7 @@ class Pair:
 
     def first_stage(self, model: Model) -> Stage:
         """The autoencoder that a model's latents are drawn with, and for the frame model encoded with."""
-        return Stage(cast(FirstStage | PatchFirstStage, self._load(model, "first_stage")), self.device)
+        return Stage(cast(FirstStage | PatchFirstStage, self._load(model, "first_stage")), self.device, model == "view")
 
     @functools.cache  # noqa: B019 (a pair lives as long as its run)
     def colours(self) -> tuple[np.ndarray, float]:  # [C, 3] in -1..1
@@ -338,37 +348,8 @@ class Pair:
         return stage.decoder.expand.weight.mean((2, 3)).cpu().numpy(), 1.0
 
     def _load(self, model: Model, part: weights.Part) -> Any:
+        model = model if model in self.paths else "frame"
         return weights.load(self.paths[model], self.specs[model], part, torch.float32, self.device)
-
-
-class Stage:
-    """An autoencoder in float32; latents and pictures come and go on the CPU."""
-
-    def __init__(self, module: FirstStage | PatchFirstStage, device: torch.device) -> None:
-        self.module, self.device = module, device
-
-    @torch.no_grad()
-    def decode(
-        self,
-        latents: Tensor,  # [T, C, h, w], as sampled
-        chunk: int,  # pictures at a time
-    ) -> Tensor:  # [T, 3, H, W] in 0..1
-        """Pictures of one line."""
-        pictures = self.module.decode(latents.to(self.device), chunk)
-        return ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        pictures: Tensor,  # [N, 3, H, W] in -1..1
-        noise: Callable[[int], Tensor],  # picture -> [C, h, w], N(0, 1)
-    ) -> Tensor:  # [N, C, h, w]
-        """Latents drawn from the encoder's distribution, as sampled ones."""
-        encoded = [
-            self.module.encode(picture[None].to(self.device), noise(number)[None].to(self.device))
-            for number, picture in enumerate(pictures)
-        ]
-        return torch.cat(encoded).cpu()
 
 
 def precondition(settings: PairConfig, model: Model, unet: VideoUNet, blend: Blend | None = None) -> UNetDenoiser:

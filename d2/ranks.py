@@ -52,7 +52,7 @@ class LeadingPair(Pair):
     """Rank 0's pair of models: stands in for Pair, and gives lines and rows away."""
 
     def __init__(self, pair: Pair, group: Group) -> None:
-        super().__init__(pair.settings, pair.specs, pair.paths, pair.device, pair.execution)
+        super().__init__(pair.settings, pair.specs, pair.paths, pair.device, pair.execution, pair.denoisers)
         self.group = group
         self.made = 0
         self.busy = False  # whether the others are in the middle of something

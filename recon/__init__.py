@@ -1,4 +1,4 @@
-"""Stage 2: 4D Gaussians from multi-view video.  `reconstruct`, `export` and `render` are the whole of it."""
+"""Stage 2: 4D Gaussians from multi-view video.  `reconstruct`, `export`, `render` and `evaluate` are all of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from d2.recon.evaluation import evaluate
     from d2.recon.exports import export
     from d2.recon.film import render
     from d2.recon.pipeline import reconstruct
@@ -16,8 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # numba's OpenMP layer first: beside Open3D, which brings an old TBB, numba warns when it looks at TBB first.
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
-__all__ = ["export", "reconstruct", "render"]
-_HOME = {"export": "d2.recon.exports", "reconstruct": "d2.recon.pipeline", "render": "d2.recon.film"}
+__all__ = ["evaluate", "export", "reconstruct", "render"]
+_HOME = {
+    "evaluate": "d2.recon.evaluation", "export": "d2.recon.exports", "reconstruct": "d2.recon.pipeline",
+    "render": "d2.recon.film",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -84,22 +84,29 @@ def at(time: float) -> np.ndarray:
 SV4D = [360 * k / 21 for k in (0, 2, 5, 7, 9, 12, 14, 16, 19)]
 
 
-def write_sv4d(folder: Path, azimuths: Sequence[float], elevation: float, is_first: bool, base: int = 0) -> None:
+def write_sv4d(
+    folder: Path, azimuths: Sequence[float], elevation: float, first: str = "process_input", base: int = 0
+) -> None:
+    """What the sampling scripts leave; `first` is what the input is called, with v000 as SV4D wrote it at first."""
     for v, pictures in enumerate(shots(rig(azimuths, elevation))):
-        name = "process_input" if v == 0 and not is_first else f"v{v:03d}"
-        video(folder / f"{base:06d}_{name}.mp4", pictures)
-    if is_first:
+        video(folder / f"{base:06d}_{f'v{v:03d}' if v else first}.mp4", pictures)
+    if azimuths == SV4D:
         video(folder / f"{base:06d}_t000.mp4", shots(rig(azimuths, elevation))[0])
         video(folder / f"{base:06d}_diag.mp4", shots(rig(azimuths, elevation))[0])
 
 
 @pytest.mark.parametrize(
-    ("azimuths", "elevation", "is_first"),
-    [(SV4D, 10, True), ((0, 60, 120, 180, 240), 0, False), ((0, 30, 75, 120, 165, 210, 255, 300, 330), 0, False)],
-    ids=["sv4d", "sv4d2", "sv4d2_8views"],
+    ("azimuths", "elevation", "first"),
+    [
+        (SV4D, 10, "process_input"),
+        (SV4D, 10, "v000"),
+        ((0, 60, 120, 180, 240), 0, "process_input"),
+        ((0, 30, 75, 120, 165, 210, 255, 300, 330), 0, "process_input"),
+    ],
+    ids=["sv4d", "sv4d_early", "sv4d2", "sv4d2_8views"],
 )
-def test_videos_of_sv4d_become_a_matrix_whose_last_view_is_the_input(tmp_path, azimuths, elevation, is_first):
-    write_sv4d(tmp_path / "out", azimuths, elevation, is_first)
+def test_videos_of_sv4d_become_a_matrix_whose_last_view_is_the_input(tmp_path, azimuths, elevation, first):
+    write_sv4d(tmp_path / "out", azimuths, elevation, first)
     made = bring(tmp_path / "out", tmp_path / "run")
     assert (made.kind, made.pictures, made.fps) == ("sv4d", len(azimuths) * F, 10)
     assert_reprojects(tmp_path / "run", at)
@@ -113,7 +120,7 @@ def test_videos_of_sv4d_become_a_matrix_whose_last_view_is_the_input(tmp_path, a
 
 
 def test_a_reconstruction_of_imported_videos_has_the_priors_of_generated_pictures(tmp_path):
-    write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0, False)
+    write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0)
     bring(tmp_path / "out", tmp_path / "run")
     sets = ("iterations=4", "start_gaussians=40", "max_gaussians=60", "holdout=2")
     result = pipeline.reconstruct(tmp_path / "run", sets=sets, device="cpu")
@@ -123,7 +130,7 @@ def test_a_reconstruction_of_imported_videos_has_the_priors_of_generated_picture
 
 def test_of_several_samples_one_video_names_the_one_that_is_meant(tmp_path):
     for base in (0, 1):
-        write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0, False, base)
+        write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0, base=base)
     expect_fault(lambda: bring(tmp_path / "out", tmp_path / "run"), 3, "2 samples", "000000, 000001")
     assert bring(tmp_path / "out" / "000001_v002.mp4", tmp_path / "run").pictures == 15
     (tmp_path / "out" / "000001_v003.mp4").unlink()
@@ -132,8 +139,17 @@ def test_of_several_samples_one_video_names_the_one_that_is_meant(tmp_path):
     expect_fault(lambda: bring(tmp_path / "out" / "000001_v002.mp4", tmp_path / "other"), 3, "the input's video")
 
 
+def test_an_input_longer_than_what_sv4d_made_of_it_is_cut(tmp_path):
+    """The 8-view model of SV4D 2.0 leaves out last frames that do not fill a window."""
+    write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0)
+    pictures = shots(rig([0], 0))[0]
+    video(tmp_path / "out" / "000000_process_input.mp4", [*pictures, *pictures[::-1]])
+    assert bring(tmp_path / "out", tmp_path / "run").pictures == 5 * F
+    assert_reprojects(tmp_path / "run", at)
+
+
 def test_other_elevations_and_the_other_turning_direction_are_options(tmp_path):
-    write_sv4d(tmp_path / "out", (0, -60, -120, -180, -240), 20, False)
+    write_sv4d(tmp_path / "out", (0, -60, -120, -180, -240), 20)
     bring(tmp_path / "out", tmp_path / "run", elevation_deg=20, clockwise=True)
     assert_reprojects(tmp_path / "run", at)
 

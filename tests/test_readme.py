@@ -49,6 +49,11 @@ _whole = pipeline.reconstruct
 def _tiny(*words, sets=(), **options):
     return _whole(*words, sets=(*sets, "iterations=20", "size=32"), **options)
 pipeline.reconstruct = _tiny
+from d2 import generation
+_all_steps = generation.generate
+def _two_steps(*words, sets=(), **options):
+    return _all_steps(*words, sets=(*sets, "steps=2"), **options)
+generation.generate = _two_steps
 """
 
 

@@ -49,10 +49,10 @@ def bring(
 
     `kind` is by default told by what lies in `path`: SV4D's videos, Consistent4D's folders, transforms.json
     (D-NeRF, Blender, nerfstudio), a COLMAP project, videos with cameras.json, a 3DGS PLY sequence, or what
-    nerfstudio's method d2-4dgs trained.  The sequence
-    becomes 4D Gaussians where its files hold the same ones in the same order; else, and with `refit`, it is drawn
-    from all sides for `reconstruct` to fit.  `elevation_deg`, `fov_deg` and `clockwise` are of SV4D and Consistent4D,
-    whose files name no cameras.  `out` is by default runs/<name>.  Raises InputError for what cannot be read and
+    nerfstudio's method d2-4dgs trained.  The sequence becomes 4D Gaussians where its files hold the same ones, in
+    whatever order and but for a few; else, and with `refit`, it is drawn from all sides for `reconstruct` to fit.
+    `elevation_deg`, `fov_deg` and `clockwise` are of SV4D and Consistent4D, whose files name no cameras.  `out` is by
+    default runs/<name>.  Raises InputError for what cannot be read and
     ConflictError for a folder in use; nothing of `path` is changed.
     """
     path = Path(path)
@@ -83,7 +83,7 @@ def bring(
             model = None if refit else splats.matched(sequence)
             if model is not None:
                 return _write_model(home, model, len(sequence.times), fps or sequence.fps or DEFAULT_FPS)
-            why = "" if refit else "The files do not hold the same Gaussians in the same order: "
+            why = "" if refit else "The files do not hold the same Gaussians: "
             message(f"{why}drawing them from {splats.DRAWN_VIEWS} sides, to be fitted by d2 reconstruct")
             found = splats.drawn(sequence)
         case "sv4d":

@@ -1,4 +1,4 @@
-"""A sequence of 3DGS PLY files as 4D Gaussians: matched where all hold the same Gaussians in the same order."""
+"""A sequence of 3DGS PLY files as 4D Gaussians, where the same Gaussians are found in all; else pictures to fit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from d2.recon import drawing
 from d2.recon.formats import ply, sequence
 from d2.recon.gaussians import OPACITY_LOGIT_LIMIT, STILL_LOG_DURATION, Gaussians3D, Gaussians4D
 from d2.recon.importers.pictures import Matrix, Picture
+from d2.recon.importers.tracks import SH0, Stack, aligned
 
 MEMORY = 8 << 30  # bytes of a whole sequence
-STEP = 0.1  # of the scene, median way of a Gaussian from file to file, above which the order is not the same
 VISIBLE = 0.05  # opacity from which on a misfit counts
 # Misfits that are as good as none: standard deviations and share of the scene; opacity; rad; ln; colour.
 OF_SCALE, OF_SCENE, OF_OPACITY, OF_ANGLE, OF_LOG_SCALE, OF_COLOUR = 0.25, 0.002, 0.1, 0.2, 0.25, 0.05
-SH0 = 0.28209479177387814
 WINDOW = 0.6  # standard deviation of a piece's window, of its length
 OVERLAP = 1.47  # sum of the windows of all pieces at any time, within 3 %
 LEAST = 0.005  # opacity of a piece that is left out
@@ -39,19 +38,6 @@ class Sequence4D(NamedTuple):
     moments: list[Gaussians3D]
     times: np.ndarray  # [F] in 0..1
     fps: float | None
-
-
-class Stack(NamedTuple):
-    """The same N Gaussians at F moments, float64."""
-
-    means: Tensor  # [F, N, 3]
-    quats: Tensor  # [F, N, 4] wxyz, unit
-    log_scales: Tensor  # [F, N, 3]
-    opacities: Tensor  # [F, N]
-    sh: Tensor  # [F, N, K, 3]
-
-    def part(self, frames: slice, rows: Tensor) -> Stack:
-        return Stack(*(tensor[frames][:, rows] for tensor in self))
 
 
 def read(folder: Path, progress: Callable[[str, int, int], None]) -> Sequence4D:
@@ -74,28 +60,18 @@ def read(folder: Path, progress: Callable[[str, int, int], None]) -> Sequence4D:
 
 
 def matched(given: Sequence4D) -> Gaussians4D | None:
-    """The sequence in velocity form; None where files differ in number or order of their Gaussians.
+    """The sequence in velocity form; None where Gaussians are not found again from file to file (see tracks).
 
     A Gaussian that moves evenly, and comes and goes as exp(-(t - μ)²/2c), stays one, exactly.  Another one becomes as
     many pieces as it takes, halving the clip again and again, each with an even motion and a window in time; the
     pieces' optical depth adds up to the Gaussian's.
     """
-    moments = given.moments
-    first = moments[0]
-    if any(moment.sh.shape != first.sh.shape for moment in moments):
-        return None
-    stack = Stack(
-        torch.stack([m.means for m in moments]).double(),
-        torch.stack([m.quats for m in moments]).double(),
-        torch.stack([m.scales for m in moments]).double().log(),
-        torch.stack([m.opacities for m in moments]).double(),
-        torch.stack([m.sh for m in moments]).double(),
-    )
-    extent = _extent(moments)
-    if float((stack.means.diff(dim=0)).norm(dim=-1).median(dim=1).values.max()) > STEP * extent:
+    extent = _extent(given.moments)
+    stack = aligned(given.moments, extent)
+    if stack is None:
         return None
     t = torch.from_numpy(given.times).double()
-    pieces, rows, count = [], torch.arange(len(first)), 1
+    pieces, rows, count = [], torch.arange(stack.means.shape[1]), 1
     while len(rows):
         found, misfit = _fit(stack, t, rows, count, extent)
         last = count >= len(t) - 1

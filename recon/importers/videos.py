@@ -16,8 +16,8 @@ from d2.errors import InputError
 from d2.recon.importers.pictures import Matrix, Picture
 
 CAMERAS = "cameras.json"
-SV4D_VIEW = re.compile(r"(\d{6})_(v\d{3}|process_input)\.mp4")
-# Azimuths from the input view, degrees, in the order v000 (or the processed input), v001, ...
+SV4D_VIEW = re.compile(r"(\d{6})_(v\d{3}|process_input|t000)\.mp4")  # t000: all views at once, by SV4D only
+# Azimuths from the input view, degrees, in the order input, v001, v002, ...
 SV4D = tuple(360 * k / 21 for k in (0, 2, 5, 7, 9, 12, 14, 16, 19))
 SV4D2 = {5: (0, 60, 120, 180, 240), 9: (0, 30, 75, 120, 165, 210, 255, 300, 330)}
 SV4D_ELEVATION = {"sv4d": 10.0, "sv4d2": 0.0}
@@ -31,15 +31,16 @@ MOST_VIEWS = 1000
 def sv4d(path: Path, elevation_deg: float | None, fov_deg: float | None, clockwise: bool) -> Matrix:
     """The videos 000000_v001.mp4 … of one sample; `path` is their folder, or one of them where it holds several.
 
-    SV4D writes its input as v000, SV4D 2.0 as process_input; the azimuths are those of their sampling scripts, the
-    elevation is by default the scripts' (10° and 0°), field of view and turning direction are SV3D's.
+    SV4D 2.0 and SV4D write their input as process_input, early versions of SV4D as v000; what tells SV4D is t000, the
+    views of its first moment.  The azimuths are those of their sampling scripts, the elevation is by default the
+    scripts' (10° and 0°), field of view and turning direction are SV3D's.  An input longer than its views is cut.
     """
     videos = _sv4d_videos(path)
-    is_first = "v000" in videos
-    files = [videos["v000" if is_first else "process_input"]] if is_first or "process_input" in videos else []
-    files += [videos[name] for name in sorted(videos) if name not in ("v000", "process_input")]
-    if not files or videos.keys().isdisjoint({"v000", "process_input"}):
-        raise InputError(f"{fileio.quoted(path)}: the input's video is missing: NNNNNN_v000 or _process_input.mp4")
+    is_first = not videos.keys().isdisjoint({"t000", "v000"})
+    given = videos.get("v000", videos.get("process_input"))
+    if given is None:
+        raise InputError(f"{fileio.quoted(path)}: the input's video is missing: NNNNNN_process_input.mp4 or _v000.mp4")
+    files = [given, *(videos[name] for name in sorted(videos) if name not in ("v000", "process_input", "t000"))]
     azimuths = SV4D if is_first else SV4D2.get(len(files), ())
     if len(files) != len(azimuths):
         wanted = "9 (SV4D)" if is_first else "5 or 9 (SV4D 2.0)"
@@ -48,13 +49,14 @@ def sv4d(path: Path, elevation_deg: float | None, fov_deg: float | None, clockwi
     elevation = SV4D_ELEVATION[name] if elevation_deg is None else elevation_deg
     cameras = _orbit(azimuths, elevation, camera.DEFAULT_RADIUS, clockwise)
     models = {"models": {name: {"source": "stabilityai/sv4d", "licence": SV4D_LICENCE}}}
-    return _matrix(files, cameras, fov_deg or camera.DEFAULT_FOV_DEG, models)
+    return _matrix(files, cameras, fov_deg or camera.DEFAULT_FOV_DEG, models, cut_input=True)
 
 
 def consistent4d(folder: Path, elevation_deg: float | None, fov_deg: float | None, clockwise: bool) -> Matrix:
     """A test object of Consistent4D: eval_0 … eval_3 at -75, 15, 105 and 195° from its input, which may lie there too.
 
-    The cameras are those of its configuration: elevation 0, distance 2, field of view 49.1°.
+    Elevation 0, distance 2 and field of view 49.1° are those of its configuration.  Its repository does not name the
+    azimuths: they are those that papers measuring on this data give.
     """
     files = [folder / name for name in CONSISTENT4D if (folder / name).is_dir()]
     azimuths = [CONSISTENT4D[file.name] for file in files]
@@ -118,6 +120,7 @@ def _matrix(
     fov_deg: float,
     record: dict[str, Any],
     input_first: bool = True,
+    cut_input: bool = False,  # to the frames of the views
 ) -> Matrix:
     rows, fps = [], None
     for file, c2w in zip(files, cameras, strict=True):
@@ -127,6 +130,8 @@ def _matrix(
         focal = camera.focal_length(np.radians(fov_deg), width)
         K = camera.intrinsics(focal, focal, width / 2, height / 2)
         rows.append([_picture(picture, c2w, K) for picture in pictures])
+    if cut_input:
+        rows[0] = rows[0][: len(rows[1])]
     _require_equal([file.name for file in files], rows, files[0].parent)
     return Matrix([*rows[1:], rows[0]] if input_first else rows, fps, record)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from d2 import camera, fileio, images
 from d2.cli.app import app
 from d2.errors import ConflictError, InputError
-from d2.recon import checkpoint, dataset
+from d2.recon import dataset
 from d2.recon.drawing import framing
 from d2.recon.exports import export
 from d2.recon.gaussians import Gaussians4D
@@ -100,10 +101,9 @@ def test_an_exported_checkpoint_holds_the_model_and_comes_back(model, tmp_path):
     target = export(tmp_path / "ball", ["nerfstudio"])["nerfstudio"]
     arguments = json.dumps([str(target), str(target / "views")])
     assert (target / CONFIG).read_text() == f"!!python/object/apply:d2.recon.nerf.method.of_export {arguments}\n"
-    saved = torch.load(target / CKPT, weights_only=True)
-    extra = saved["pipeline"]["_model._extra_state"]
-    state, _ = checkpoint.unpacked(extra["tensors"], extra["state"], "ckpt", "cpu")
-    assert same(state.model, moving_ball()) and saved["step"] == 0
+    with zipfile.ZipFile(target / CKPT) as archive:  # nothing unpickles it but nerfstudio, in tests/nerf
+        stored = {archive.read(name) for name in archive.namelist() if "/data/" in name}
+    assert {tensor.numpy().tobytes() for tensor in moving_ball().tensors().values()} <= stored
     back = import_checkpoint((target / CONFIG).parent, tmp_path / "back")
     assert same(Gaussians4D.load(back / "gaussians.safetensors"), moving_ball())
 
