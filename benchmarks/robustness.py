@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "robustness.json"
 PLAIN = "disagreement=false"
 MODES = {
     "plain": (PLAIN,),
-    "robust": ("disagreement=true",),
+    "robust": ("disagreement=true", "refine_rig=true"),
     "poses": (PLAIN, "correct_poses=true"),
     "times": (PLAIN, "correct_times=true"),
     "colors": (PLAIN, "correct_colors=true"),

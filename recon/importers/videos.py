@@ -56,7 +56,7 @@ def consistent4d(folder: Path, elevation_deg: float | None, fov_deg: float | Non
     """A test object of Consistent4D: eval_0 … eval_3 at -75, 15, 105 and 195° from its input, which may lie there too.
 
     Elevation 0, distance 2 and field of view 49.1° are those of its configuration.  Its repository does not name the
-    azimuths: they are those that papers measuring on this data give.
+    azimuths: they are those of its four cameras a quarter turn apart, to be checked against your data.
     """
     files = [folder / name for name in CONSISTENT4D if (folder / name).is_dir()]
     azimuths = [CONSISTENT4D[file.name] for file in files]
