@@ -31,7 +31,9 @@ from d2.recon.formats.frames import FROM_WORLD
 from d2.recon.gaussians import Gaussians4D
 
 pytestmark = pytest.mark.dcc
-SIZE, FOV, LEAST = 256, math.radians(40), 38.0  # pixels, rad, dB
+SIZE, FOV = 256, math.radians(40)  # pixels, rad
+# dB.  PlayCanvas lets every Gaussian end where it has fallen to exp(-4), and lifts it down to nothing there.
+LEAST = {"spark": 38.0, "playcanvas": 35.0}
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FLAGS = "--headless=new --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader --no-first-run"
@@ -102,7 +104,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize(
     ("page", "file", "axes"),
-    [("spark", "asset.ply", "rdf"), ("spark", "asset.spz", "rub"), ("playcanvas", "asset.glb", "rub")],
+    [
+        ("spark", "asset.ply", "rdf"),
+        ("spark", "asset.spz", "rub"),
+        ("spark", "asset.glb", "rub"),
+        ("playcanvas", "asset.glb", "rub"),
+    ],
 )
 def test_a_second_renderer_draws_what_ours_draws(asset, site, browser, page, file, axes, record_property):
     _, address = site
@@ -129,4 +136,4 @@ def test_a_second_renderer_draws_what_ours_draws(asset, site, browser, page, fil
             Image.fromarray(both).save(
                 Path(os.environ["D2_DCC_PICTURES"]) / f"{page}_{Path(file).suffix[1:]}_{len(asset)}.png"
             )
-        assert theirs.shape == (SIZE, SIZE, 3) and psnr >= LEAST
+        assert theirs.shape == (SIZE, SIZE, 3) and psnr >= LEAST[page]
