@@ -27,7 +27,7 @@ from d2.recon.dataset import Dataset
 from d2.recon.gaussians import Gaussians4D
 
 PROBE_SIZE, PROBE_STEPS, PROBE_GAUSSIANS = 64, 400, 3000
-REFINE_SIZE, REFINE_STEPS, REFINE_GAUSSIANS = 128, 1500, 8000
+REFINE_SIZE, REFINE_STEPS, REFINE_GAUSSIANS = 128, 2500, 12000
 CLEARLY = 0.2  # dB that the other direction must be better by
 SAMPLE = 60  # pictures that a coarse fit is judged by
 # What a usual error is: of the elevation and of the logarithm of the focal length, and of a view's pose, whose turns
@@ -35,7 +35,7 @@ SAMPLE = 60  # pictures that a coarse fit is judged by
 ELEVATION, LOG_FOCAL, POSE = 0.05, 0.1, 0.02
 LR, POSE_WEIGHT = 0.1, 1e-3
 # Less than this is told as none: errors of a coarse fit where there is nothing to find.
-LEAST_ELEVATION, LEAST_LOG_FOCAL, LEAST_TURN = math.radians(0.3), 0.015, math.radians(0.5)
+LEAST_ELEVATION, LEAST_LOG_FOCAL, LEAST_TURN = math.radians(0.3), 0.02, math.radians(0.5)
 
 
 @dataclass(frozen=True)
