@@ -29,6 +29,8 @@ TIME_STEP = 0.01  # of the clip, of the difference that stands for a derivative
 # picture whose residual says one thing: errors of a model are not white.
 KINDS = {"colors": (6, 0.1, 0.0004), "poses": (6, 0.03, 0.016), "times": (1, 0.02, 0.008), "blurs": (1, 0.5, 0.004)}
 FIELDS = {"colors": "correct_colors", "poses": "correct_poses", "times": "correct_times", "blurs": "correct_blurs"}
+# A picture is solved for whenever it is seen during the first epochs, then in every few of them.
+SETTLING, SELDOM = 8, 8
 SHARP = 0.2  # the share of pictures whose sharpness counts as sharp
 
 
@@ -92,9 +94,8 @@ class Corrections:
         own = torch.cat([torch.eye(3).to(axes), data.viewmats[k, :3, :3].T], -1)
         return (own @ common).T.flatten()
 
-    def camera(self, k: int, data: Dataset) -> tuple[Tensor, Tensor]:
+    def camera(self, k: int, correction: Correction, data: Dataset) -> tuple[Tensor, Tensor]:
         """World to camera [4, 4] and time [] that picture k is rendered with."""
-        correction = self.of_picture(k, data)
         viewmat, time = data.viewmats[k], data.times[k]
         if correction.times is not None:
             time = time + correction.times[0]
@@ -113,7 +114,8 @@ class Corrections:
     def visit(
         self,
         k: int,
-        image: Tensor,  # [H, W, 3] premultiplied render of picture k with its correction's camera
+        correction: Correction,  # what it was rendered with
+        image: Tensor,  # [H, W, 3] premultiplied render of picture k with that camera
         alpha: Tensor,  # [H, W, 1]
         data: Dataset,
         gaussians: Gaussians4D,
@@ -122,28 +124,30 @@ class Corrections:
         x, y = torch.cat([image, alpha], -1), data.images[k] / 255
         if "colors" in self.values:
             self.values["colors"][k], self.noise["colors"][k] = _colors(x, y)
-        mapped = corrected(x, self.of_picture(k, data)._replace(blurs=None))
+        mapped = corrected(x, correction._replace(blurs=None))
         if "blurs" in self.values:
             self.values["blurs"][k] = _blur(mapped, y)
         if "poses" in self.values or "times" in self.values:
-            self._align(k, mapped, y, data, gaussians)
+            self._align(k, correction, mapped, y, data, gaussians)
 
-    def _align(self, k: int, x: Tensor, y: Tensor, data: Dataset, gaussians: Gaussians4D) -> None:
+    def _align(
+        self, k: int, correction: Correction, x: Tensor, y: Tensor, data: Dataset, gaussians: Gaussians4D
+    ) -> None:
         """One Gauss-Newton step of pose and time that takes the render x nearer to the picture y."""
         factor = math.ceil(max(x.shape[:2]) / SOLVE_SIZE)
         x, y = _shrunk(x, factor), _shrunk(y, factor)
         K = torch.diag(torch.tensor([1 / factor, 1 / factor, 1.0], device=x.device)) @ data.Ks[k]
-        viewmat, time = self.camera(k, data)
+        viewmat, time = self.camera(k, correction, data)
+        now = _draw(gaussians, viewmat, K, time, x.shape[:2], "RGB+ED")
         columns = {}
         if "poses" in self.values:
-            columns["poses"] = self._pose_columns(x, gaussians, viewmat, K, time)
+            columns["poses"] = self._pose_columns(x, now[..., 3], viewmat, K)
         if "times" in self.values:
             later = _draw(gaussians, viewmat, K, time + TIME_STEP, x.shape[:2], "RGB")
-            now = _draw(gaussians, viewmat, K, time, x.shape[:2], "RGB")
-            columns["times"] = F.pad(later - now, (0, 1))[None] / TIME_STEP
+            columns["times"] = F.pad(later - now[..., :3], (0, 1))[None] / TIME_STEP
         J = torch.cat(list(columns.values())).flatten(1)  # [unknowns, pixels · 4]
         prior = torch.cat([_prior(kind, x, y).expand(len(c)) for kind, c in columns.items()])
-        current = torch.cat([getattr(self.of_picture(k, data), kind) for kind in columns])
+        current = torch.cat([getattr(correction, kind) for kind in columns])
         precision = J @ J.T + torch.diag(prior)
         step = torch.linalg.solve(precision, J @ (y - x).flatten() - prior * current)
         usual = torch.cat([torch.full((len(c),), KINDS[kind][1]) for kind, c in columns.items()]).to(x)
@@ -153,12 +157,11 @@ class Corrections:
         for kind, value, variance in zip(columns, moved.split(sizes), noise.split(sizes), strict=True):
             self.values[kind][k], self.noise[kind][k] = value, variance
 
-    def _pose_columns(self, x: Tensor, gaussians: Gaussians4D, viewmat: Tensor, K: Tensor, time: Tensor) -> Tensor:
-        """How the render changes [6, h, w, 4] with a motion of the scene, from its depth and its slopes."""
+    def _pose_columns(self, x: Tensor, depth: Tensor, viewmat: Tensor, K: Tensor) -> Tensor:
+        """How the render changes [6, h, w, 4] with a motion of the scene, from its depth [h, w] and its slopes."""
         h, w = x.shape[:2]
         R = viewmat[:3, :3]
         centre = R @ self.centre + viewmat[:3, 3]
-        depth = _draw(gaussians, viewmat, K, time, (h, w), "ED")[..., 0]
         depth = torch.where((depth - centre[2]).abs() < self.half_side, depth, centre[2])  # where there is something
         v, u = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
         rays = torch.stack([(u.to(K) - K[0, 2]) / K[0, 0], (v.to(K) - K[1, 2]) / K[1, 1], torch.ones_like(depth)], -1)
@@ -169,6 +172,11 @@ class Corrections:
         flow_v = K[1, 1] * (moves[..., 1] - rays[..., 1] * moves[..., 2]) / depth
         across, down = (0.5 * (torch.roll(x, -1, axis) - torch.roll(x, 1, axis)) for axis in (1, 0))
         return -(flow_u[..., None] * across + flow_v[..., None] * down)
+
+
+def is_due(epoch: int) -> bool:
+    """Whether pictures are solved for in this epoch."""
+    return epoch < SETTLING or epoch % SELDOM == 0
 
 
 def corrected(layers: Tensor, correction: Correction) -> Tensor:  # [H, W, 4] premultiplied, both

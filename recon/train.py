@@ -201,8 +201,10 @@ def _draw(
     """Images [C, H, W, 3], alphas [C, H, W, 1] and meta: the cells as cameras, times and their corrections say."""
     viewmats = train.viewmats[cells] if state.rig is None else state.rig.viewmats(train, cells)
     times = train.times[cells]
+    found = []
     if learned is not None:
-        cameras = [learned.camera(k, train) for k in cells.tolist()]
+        found = [learned.of_picture(k, train) for k in cells.tolist()]
+        cameras = [learned.camera(k, correction, train) for k, correction in zip(cells.tolist(), found, strict=True)]
         viewmats, times = torch.stack([c[0] for c in cameras]), torch.stack([c[1] for c in cameras])
     gaussians, motion = state.gaussians.activated(times)
     images, alphas, meta = rasterize(
@@ -213,9 +215,11 @@ def _draw(
     if learned is None:
         return images, alphas, meta
     mapped = []
-    for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True):
-        learned.visit(cell, image.detach(), alpha.detach(), train, state.gaussians)
-        mapped.append(corrections.corrected(torch.cat([image, alpha], -1), learned.of_picture(cell, train)))
+    for k, correction, image, alpha in zip(cells.tolist(), found, images, alphas, strict=True):
+        if corrections.is_due(state.iteration * config.pairs // len(train)):
+            learned.visit(k, correction, image.detach(), alpha.detach(), train, state.gaussians)
+            correction = learned.of_picture(k, train)
+        mapped.append(corrections.corrected(torch.cat([image, alpha], -1), correction))
     layers = torch.stack(mapped)
     return layers[..., :3], layers[..., 3:], meta
 

@@ -32,7 +32,7 @@ def test_nothing_is_corrected_unless_asked_for(data):
 
 def test_zero_corrections_change_nothing(data):
     learned = Corrections.start(data, load(ReconstructConfig, ALL), torch.zeros(3), 1.0)
-    viewmat, time = learned.camera(1, data)
+    viewmat, time = learned.camera(1, learned.of_picture(1, data), data)
     layers = torch.rand(12, 10, 4)
     assert torch.equal(viewmat, data.viewmats[1]) and torch.equal(time, data.times[1])
     assert torch.equal(corrected(layers, learned.of_picture(1, data)), layers)
@@ -82,7 +82,7 @@ def test_the_change_with_each_pose_is_that_of_a_finite_difference(data):
     state, config = begun(data, {"iterations": 60, "correct_poses": True, "correct_from": 1.0})
     train.fit(state, data, config)
     learned, g, step = state.corrections, state.gaussians, 0.01
-    viewmat, time = learned.camera(8, data)
+    viewmat, time = learned.camera(8, learned.of_picture(8, data), data)
     size = (data.height, data.width)
 
     def draw(pose):
@@ -90,7 +90,8 @@ def test_the_change_with_each_pose_is_that_of_a_finite_difference(data):
 
     with torch.no_grad():
         x = torch.nn.functional.pad(draw(torch.zeros(6)), (0, 1))
-        columns = learned._pose_columns(x, g, viewmat, data.Ks[8], time)[..., :3]
+        depth = _draw(g, viewmat, data.Ks[8], time, size, "ED")[..., 0]
+        columns = learned._pose_columns(x, depth, viewmat, data.Ks[8])[..., :3]
         for column, direction in zip(columns, step * torch.eye(6), strict=True):
             change = (draw(direction) - draw(-direction)) / (2 * step)
             assert float((column * change).sum() / (column.norm() * change.norm())) > 0.8
