@@ -25,6 +25,7 @@ def files_in(folder):
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(48)
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EACCES, errno.EIO, errno.ENOSPC])
 def test_a_failing_disk_keeps_the_old_file_and_leaves_no_temporary(tmp_path, monkeypatch, name, code):
@@ -203,6 +204,7 @@ def test_yaml_that_is_not_plain_is_one_input_error(text):
         fileio.parse_yaml(text, "a.yaml")
 
 
+@pytest.mark.row(17)
 def test_yaml_tags_run_nothing(tmp_path):
     with pytest.raises(InputError):
         fileio.parse_yaml(f"!!python/object/apply:os.system ['touch {tmp_path}/pwned']", "a.yaml")
@@ -238,6 +240,7 @@ def test_readers_are_capped(tmp_path, read):
         read(path)
 
 
+@pytest.mark.row(12)
 def test_what_is_no_regular_file_is_never_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
@@ -246,6 +249,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path):
             fileio.read_bytes(tmp_path / name, 100)
 
 
+@pytest.mark.row(14)
 def test_an_unreadable_file_says_permission_denied(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{}")
@@ -291,6 +295,7 @@ SAFETENSORS_LIES = {
 }  # fmt: skip
 
 
+@pytest.mark.row(26)
 @pytest.mark.parametrize("lie", SAFETENSORS_LIES)
 def test_safetensors_headers_that_lie_are_one_input_error(tmp_path, lie):
     path = tmp_path / "a.safetensors"

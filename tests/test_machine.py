@@ -30,6 +30,7 @@ def test_a_missing_system_library_gives_one_line_with_its_package(failing_import
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.row(60)
 @pytest.mark.parametrize(
     ("module", "install"), [("open3d", "'d2-4d[mesh]'"), ("nerfstudio", "'d2-4d[nerfstudio]'"), ("plyfile", "plyfile")]
 )

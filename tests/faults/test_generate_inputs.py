@@ -78,6 +78,7 @@ def unfinished(unfinished_once, tmp_path):
     return Path(shutil.copytree(unfinished_once, tmp_path / "run"))
 
 
+@pytest.mark.row(1)
 def test_a_missing_input_is_named_before_any_weight_is_opened(d2, tmp_path):
     code, line = d2("generate", tmp_path / "absent.png", "--weights", tmp_path / "none")
     assert (code, line.startswith("error: ")) == (3, True)
@@ -85,6 +86,7 @@ def test_a_missing_input_is_named_before_any_weight_is_opened(d2, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.row(2, 4, 7, 9, 11)
 @pytest.mark.parametrize(
     "make",
     [
@@ -106,6 +108,7 @@ def test_unusable_folders_end_with_3_and_leave_no_run(begin, tmp_path, make):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("size", [(300, 1000), (1000, 300)])
 def test_an_object_at_the_border_of_a_long_picture_ends_in_the_middle(generate, tmp_path, size):
     x, y = (20, 950) if size[1] > size[0] else (950, 20)
@@ -117,6 +120,7 @@ def test_an_object_at_the_border_of_a_long_picture_ends_in_the_middle(generate, 
         assert abs((place.min() + place.max()) / 2 - 31.5) <= 2
 
 
+@pytest.mark.row(13)
 def test_names_with_spaces_unicode_and_newlines_work_and_are_quoted(begin, tmp_path):
     folder = tmp_path / "-a b\nü"
     for i in range(3):
@@ -128,6 +132,7 @@ def test_names_with_spaces_unicode_and_newlines_work_and_are_quoted(begin, tmp_p
     assert r"\n" in line
 
 
+@pytest.mark.row(15, 19, 20, 22, 60)
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -157,10 +162,12 @@ def test_wrong_options_say_what_is_expected(begin, ball, tmp_path, words, code, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(20)
 def test_unknown_flags_are_usage_errors(begin, ball):
     assert begin(ball, "--sed", "3")[0] == 2
 
 
+@pytest.mark.row(23)
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     paths = os.pathsep.join([str(tmp_path), str(Path(app.__file__).parents[2])])
@@ -170,6 +177,7 @@ def test_help_needs_no_torch(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.row(24)
 def test_missing_weights_say_what_from_where_under_which_licence(d2, ball, tmp_path, monkeypatch):
     monkeypatch.delenv("D2_WEIGHTS", raising=False)
     code, line = d2("generate", ball)
@@ -186,6 +194,7 @@ def test_missing_weights_say_what_from_where_under_which_licence(d2, ball, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.row(27)
 def test_swapped_weights_are_refused(begin, ball, tiny, tmp_path):
     swapped = tmp_path / "swapped"
     swapped.mkdir()
@@ -196,12 +205,14 @@ def test_swapped_weights_are_refused(begin, ball, tiny, tmp_path):
     assert "tiny_view" in line
 
 
+@pytest.mark.row(30)
 def test_a_finished_run_is_not_touched(begin, clip, finished):
     before = tree(finished)
     assert begin(clip)[0] == 8
     assert tree(finished) == before
 
 
+@pytest.mark.row(31)
 def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert begin(ball, out=tmp_path / "file")[0] == 3
@@ -209,6 +220,7 @@ def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp
     assert begin(ball, "--references-only", out=tmp_path / "new" / "deep" / "run")[0] == 0
 
 
+@pytest.mark.row(31)
 def test_a_read_only_place_is_refused_before_work(begin, ball, tmp_path, monkeypatch):
     monkeypatch.setattr(fileio, "is_writable", lambda folder: False)
     code, line = begin(ball)
@@ -223,6 +235,7 @@ def test_a_folder_of_someone_else_is_not_touched_not_even_with_overwrite(begin, 
     assert tree(tmp_path / "run") == before
 
 
+@pytest.mark.row(32)
 def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinished):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     owner = {"pid": sleeper.pid, "host": socket.gethostname(), "started": _started(sleeper.pid)}
@@ -234,6 +247,7 @@ def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinis
     assert begin(ball)[0] == 0
 
 
+@pytest.mark.row(45)
 @pytest.mark.parametrize(
     ("words", "text"), [(["--seed", "5"], "seed: 23 -> 5"), (["--set", "steps=5"], "steps: 3 -> 5")]
 )
@@ -244,6 +258,7 @@ def test_another_configuration_does_not_go_on_and_the_first_difference_is_named(
     assert tree(unfinished) == before
 
 
+@pytest.mark.row(45)
 def test_another_input_or_other_weights_do_not_go_on(begin, d2, ball, tiny, unfinished, tmp_path):
     draw_ball(tmp_path / "other.png", 20, 20)
     code, line = begin(tmp_path / "other.png")
@@ -257,6 +272,7 @@ def test_another_input_or_other_weights_do_not_go_on(begin, d2, ball, tiny, unfi
     assert (code, "tiny_view.safetensors_sha256" in line) == (8, True)
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_damaged_state_says_how_to_restart(begin, ball, unfinished, damage):
     path = unfinished / STATE
@@ -271,6 +287,7 @@ def test_a_damaged_state_says_how_to_restart(begin, ball, unfinished, damage):
     assert begin(ball)[0] == 0
 
 
+@pytest.mark.row(21)
 def test_a_run_of_another_version_says_which_d2_is_needed(begin, ball, unfinished):
     manifest = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps(manifest | {"version": 99}))
@@ -278,6 +295,7 @@ def test_a_run_of_another_version_says_which_d2_is_needed(begin, ball, unfinishe
     assert (code, "format 99" in line) == (3, True)
 
 
+@pytest.mark.row(44)
 def test_too_little_disk_is_noticed_before_any_work(begin, ball, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 20, 0, 1 << 17))
@@ -286,6 +304,7 @@ def test_too_little_disk_is_noticed_before_any_work(begin, ball, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(50)
 def test_a_nan_names_step_model_and_cell_and_the_state_before_it_is_kept(begin, ball, tmp_path, monkeypatch):
     calls = []
     healthy = UNetDenoiser.__call__
@@ -308,6 +327,7 @@ def test_a_nan_names_step_model_and_cell_and_the_state_before_it_is_kept(begin, 
     assert Run.open(tmp_path / "run").stage("generate") is None
 
 
+@pytest.mark.row(42)
 def test_a_second_signal_ends_at_once_with_valid_files(tiny, clip, tmp_path):
     import time
 
