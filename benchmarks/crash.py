@@ -3,13 +3,14 @@
     python benchmarks/crash.py --stage generate|reconstruct|export|all [--kills 100] [--every 1] [--ranks 4]
                                [--out FILE]
 
-The stage runs on its smallest input (benchmarks/stages.py), each time in a process of its own.
+The stage runs on its smallest input (benchmarks/stages.py).
 
-* kills: SIGKILL or SIGTERM at random instants, up to three times in a row on the same folder; then SIGKILL right before
-  every n-th change on disk (d2.fileio.before_change).
+* kills: SIGKILL or SIGTERM at random instants to a process of its own, up to three times in a row on the same folder.
+* deaths: before the n-th change on disk (d2.fileio.before_change), for every n, all it does is lost; this and
+  what follows happens within one process, which is a hundred times as fast.
 * ranks (generate): one of two ranks is killed or stopped; rank 0 has to end with 7.
-* failing writes: every n-th change fails with ENOSPC, EIO or EFBIG, once or from then on, as SQLite tests its files;
-  the stage has to end with 5, or with 0 where it can do without.
+* failing writes: the n-th change fails, for every n, with ENOSPC, EIO or EFBIG, once or from then on, as SQLite tests
+  its files; the stage has to end with 5, or with 0 where it can do without.
 
 A case has survived when every file that bears its final name is whole and the run opens; it is bit-equal when the
 same call then ends with the files of a run that nobody interrupted.  Exits with 1 when a case is lost.
@@ -17,16 +18,18 @@ same call then ends with the files of a run that nobody interrupted.  Exits with
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ from d2 import fileio, machine
 from d2.cli.stop import StopFlag
 from d2.errors import D2Error
 from d2.recon.formats import ply, splat, spz
-from d2.run import LEFTOVER, Run
+from d2.run import LEFTOVER, LOCK, Run
 
 CODES = (errno.ENOSPC, errno.EIO, errno.EFBIG)
 PATIENCE = 120.0  # seconds that any single run may take
@@ -62,9 +65,10 @@ def campaign(name: str, kills: int, every: int, ranks: int, seed: int) -> dict[s
     """All interruptions of one stage; what was tried, survived and ended in the same bits."""
     with tempfile.TemporaryDirectory(prefix="d2-crash-") as place:
         sweep = Sweep(STAGES[name](Path(place)), Path(place), random.Random(f"{name}:{seed}"))
-        sweep.kills(kills)
-        sweep.kills_at_changes(every)
+        sweep.kills(kills)  # these two first: a process that has computed cannot be forked
         sweep.ranks(ranks)
+        sweep.forks = False
+        sweep.deaths(every)
         sweep.failing_writes(every)
         print(name, sweep.record, f"{sweep.changes} changes, {sweep.seconds:.2f} s undisturbed", flush=True)
         return sweep.record | {"changes": sweep.changes, "lost": sweep.lost}
@@ -78,11 +82,13 @@ class Sweep:
         self.lost: list[str] = []
         self.record = {
             "kills": {"tried": 0, "survived": 0},
+            "deaths": {"tried": 0, "survived": 0},
             "ranks": {"tried": 0, "survived": 0},
             "write_failures": {"tried": 0, "survived": 0},
             "resumes": {"tried": 0, "bit_equal": 0},
         }
         self.folder = place / "out"
+        self.forks = True  # whether work is done in a child
         self.require_code(0, self.in_a_process(stage.prepare), "prepare")
         self.require_code(0, self.in_a_process(self.work), "the first run")  # kernels compile
         fileio.remove(self.folder)
@@ -104,13 +110,13 @@ class Sweep:
                 faults += [] if code in expected else [f"ended with {code}: {self.said()}"]
             self.tally("kills", f"{signum.name} {k}", faults)
 
-    def kills_at_changes(self, every: int) -> None:
+    def deaths(self, every: int) -> None:
         """Right before every n-th change on disk."""
         for n in range(1, self.changes + 1, every):
             fileio.remove(self.folder)
-            code = self.in_a_process(self.work, dying(n))
+            code = self.run(dying(n))
             faults = [] if code == -signal.SIGKILL else [f"ended with {code}: {self.said()}"]
-            self.tally("kills", f"SIGKILL before change {n}", faults + self.faults())
+            self.tally("deaths", f"death before change {n}", faults + self.faults())
 
     def ranks(self, count: int) -> None:
         """Rank 1 of two is lost."""
@@ -126,7 +132,7 @@ class Sweep:
         ways = [(code, False) for code in CODES] + [(errno.ENOSPC, True)]
         for n, (code, ever_after) in itertools.product(range(1, self.changes + 1, every), ways):
             fileio.remove(self.folder)
-            ended = self.in_a_process(self.work, failing(n, code, ever_after))
+            ended = self.run(failing(n, code, ever_after))
             faults = [] if ended in (0, 5) else [f"ended with {ended}: {self.said()}"]
             what = f"{errno.errorcode[code]} at change {n}" + " and all later ones" * ever_after
             self.tally("write_failures", what, faults + self.faults())
@@ -147,7 +153,7 @@ class Sweep:
             finished = self.stage.done(self.folder)
         except D2Error:
             finished = False
-        code = self.in_a_process(self.work)
+        code = self.run()
         if code != (8 if finished and type(self.stage).__name__ != "Export" else 0):
             return f"the same call again ended with {code}: {self.said()}"
         found = self.stage.result(self.folder)
@@ -171,7 +177,25 @@ class Sweep:
                 found += attempt(lambda path=path: READERS[path.suffix](path), path.name)
         return found
 
-    # -- processes ---------------------------------------------------------------------------------------
+    # -- work --------------------------------------------------------------------------------------------
+
+    def run(self, change: Change | None = None) -> int:
+        """The exit code of the stage; what was said goes to a file."""
+        if self.forks:
+            return self.in_a_process(self.work, change)
+        text, code = "", 0
+        try:
+            with seam(change):
+                self.stage.work(self.folder)
+        except Gone:
+            bury(self.folder)
+            code = -signal.SIGKILL
+        except D2Error as error:
+            text, code = str(error), error.exit_code
+        except Exception:
+            text, code = traceback.format_exc(), 1
+        (self.place / "said").write_text(text)
+        return code
 
     def work(self) -> None:
         with StopFlag() as stop:
@@ -217,9 +241,8 @@ class Sweep:
             descriptor = os.open(self.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            if change is not None:
-                fileio.before_change = change  # pyright: ignore[reportAttributeAccessIssue]
-            work()
+            with seam(change):
+                work()
             code = 0
         except D2Error as error:
             os.write(2, str(error).encode())
@@ -250,15 +273,38 @@ def counting(path: Path) -> Change:
     return change
 
 
+class Gone(BaseException):
+    """The process is dead: nothing it does from now on reaches the disk."""
+
+
 def dying(n: int) -> Change:
-    """The process is gone before the n-th."""
+    """From the n-th on nothing happens any more, clearing up included."""
     count = itertools.count(1)
 
     def change(what: str, where: Path) -> None:
-        if next(count) == n:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if next(count) >= n:
+            raise Gone
 
     return change
+
+
+def bury(folder: Path) -> None:
+    """The lock of a process that has died in name only gets an owner that is really dead."""
+    for lock in (folder / LOCK, folder.with_name(f".{folder.name}.new") / LOCK):
+        if lock.exists():
+            fileio.write_json(lock, {"pid": 1 << 30, "host": socket.gethostname(), "started": "0"})
+
+
+@contextlib.contextmanager
+def seam(change: Change | None) -> Iterator[None]:
+    """Within, every change on disk passes `change` first."""
+    before = fileio.before_change
+    if change is not None:
+        fileio.before_change = change  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        fileio.before_change = before
 
 
 def failing(n: int, code: int, ever_after: bool = False) -> Change:

@@ -212,6 +212,15 @@ def test_a_finished_run_is_not_touched(begin, clip, finished):
     assert tree(finished) == before
 
 
+@pytest.mark.row(30)
+def test_a_run_whose_replacement_died_between_two_renames_is_back(begin, clip, finished):
+    before = tree(finished)
+    finished.rename(finished.with_name(".run.old"))
+    assert begin(clip)[0] == 8
+    assert tree(finished) == before
+    assert not finished.with_name(".run.old").exists()
+
+
 @pytest.mark.row(31)
 def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp_path):
     (tmp_path / "file").write_text("mine")
