@@ -77,8 +77,8 @@ def campaign(name: str, kills: int, every: int, ranks: int, seed: int) -> dict[s
 class Sweep:
     """One stage, its undisturbed result, and the tally."""
 
-    def __init__(self, stage: Stage, place: Path, rng: random.Random):
-        self.stage, self.place, self.rng = stage, place, rng
+    def __init__(self, stage: Stage, place: Path, rng: random.Random, forks: bool = True):
+        self.stage, self.place, self.rng, self.forks = stage, place, rng, forks
         self.lost: list[str] = []
         self.record = {
             "kills": {"tried": 0, "survived": 0},
@@ -88,12 +88,11 @@ class Sweep:
             "resumes": {"tried": 0, "bit_equal": 0},
         }
         self.folder = place / "out"
-        self.forks = True  # whether work is done in a child
-        self.require_code(0, self.in_a_process(stage.prepare), "prepare")
-        self.require_code(0, self.in_a_process(self.work), "the first run")  # kernels compile
+        self.require_done(self.call(stage.prepare))
+        self.require_done(self.call(self.work))  # kernels compile
         fileio.remove(self.folder)
         count, begin = place / "count", time.monotonic()
-        self.require_code(0, self.in_a_process(self.work, counting(count)), "the undisturbed run")
+        self.require_done(self.call(self.work, counting(count)))
         self.seconds, self.changes = time.monotonic() - begin, len(count.read_bytes())
         self.expected = stage.result(self.folder)
 
@@ -114,7 +113,7 @@ class Sweep:
         """Right before every n-th change on disk."""
         for n in range(1, self.changes + 1, every):
             fileio.remove(self.folder)
-            code = self.run(dying(n))
+            code = self.call(self.work, dying(n))
             faults = [] if code == -signal.SIGKILL else [f"ended with {code}: {self.said()}"]
             self.tally("deaths", f"death before change {n}", faults + self.faults())
 
@@ -132,7 +131,7 @@ class Sweep:
         ways = [(code, False) for code in CODES] + [(errno.ENOSPC, True)]
         for n, (code, ever_after) in itertools.product(range(1, self.changes + 1, every), ways):
             fileio.remove(self.folder)
-            ended = self.run(failing(n, code, ever_after))
+            ended = self.call(self.work, failing(n, code, ever_after))
             faults = [] if ended in (0, 5) else [f"ended with {ended}: {self.said()}"]
             what = f"{errno.errorcode[code]} at change {n}" + " and all later ones" * ever_after
             self.tally("write_failures", what, faults + self.faults())
@@ -153,7 +152,7 @@ class Sweep:
             finished = self.stage.done(self.folder)
         except D2Error:
             finished = False
-        code = self.run()
+        code = self.call(self.work)
         if code != (8 if finished and type(self.stage).__name__ != "Export" else 0):
             return f"the same call again ended with {code}: {self.said()}"
         found = self.stage.result(self.folder)
@@ -179,14 +178,14 @@ class Sweep:
 
     # -- work --------------------------------------------------------------------------------------------
 
-    def run(self, change: Change | None = None) -> int:
-        """The exit code of the stage; what was said goes to a file."""
+    def call(self, work: Callable[[], None], change: Change | None = None) -> int:
+        """The exit code of `work`, in a child or here; what was said goes to a file."""
         if self.forks:
-            return self.in_a_process(self.work, change)
+            return self.in_a_process(work, change)
         text, code = "", 0
         try:
             with seam(change):
-                self.stage.work(self.folder)
+                work()
         except Gone:
             bury(self.folder)
             code = -signal.SIGKILL
@@ -255,9 +254,9 @@ class Sweep:
     def said(self) -> str:
         return (self.place / "said").read_text(errors="replace")[-1500:].strip()
 
-    def require_code(self, wanted: int, code: int, what: str) -> None:
-        if code != wanted:
-            raise RuntimeError(f"{what} ended with {code}: {self.said()}")
+    def require_done(self, code: int) -> None:
+        if code != 0:
+            raise RuntimeError(f"without any disturbance it ended with {code}: {self.said()}")
 
 
 # -- what happens at a change on disk --------------------------------------------------------------------

@@ -105,6 +105,12 @@ STAGES: dict[str, type[Stage]] = {"generate": Generate, "reconstruct": Reconstru
 def matrix_run(folder: Path) -> Run:
     """A run folder with a finished matrix: a ball that shrinks, seen from four sides."""
     run = Run.create(folder)
+    write_ball(run)
+    return run
+
+
+def write_ball(run: Run) -> None:
+    """The matrix of `matrix_run`."""
     rig = camera.orbit(VIEWS, width=SIZE, height=SIZE)
     rows, columns = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
 
@@ -114,7 +120,6 @@ def matrix_run(folder: Path) -> Run:
         return np.dstack([shade, np.full_like(shade, 90), 255 - shade, inside * 255.0]).astype(np.uint8)
 
     run.write_matrix(cell, FRAMES, rig, {})
-    return run
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults.examples import examples
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from surroundings import ROOT
 
 from d2 import fileio
@@ -36,7 +36,7 @@ def interrupted(how: tuple[str, int] | None):
 
 
 class RunFolder(RuleBasedStateMachine):
-    """Generate (written, not sampled), reconstruct and export on one folder."""
+    """A matrix (written, not sampled), what is reconstructed from it, and what is exported."""
 
     def __init__(self):
         super().__init__()
@@ -61,16 +61,24 @@ class RunFolder(RuleBasedStateMachine):
             assert error.exit_code in (3, 5), error
         self.deleted = {path for path in self.deleted if not path.exists()}
 
+    @initialize()
+    def begin(self):
+        stages.matrix_run(self.folder)
+
     @rule(how=INTERRUPTIONS)
-    def generate(self, how):
-        self.attempt(lambda: stages.matrix_run(self.folder), how)
+    def write_the_matrix_again(self, how):
+        def work():
+            run = Run.open(self.folder)
+            with run.lock():
+                stages.write_ball(run)
+
+        self.attempt(work, how)
 
     @rule(how=INTERRUPTIONS, overwrite=st.booleans(), seed=st.integers(0, 1))
     def reconstruct(self, how, overwrite, seed):
-        if is_run(self.folder):
-            sets = (*stages.SETS, "iterations=3", f"seed={seed}")
-            work = {"sets": sets, "device": "cpu", "overwrite": overwrite}
-            self.attempt(lambda: pipeline.reconstruct(self.folder, **work), how)
+        sets = (*stages.SETS, "iterations=3", f"seed={seed}")
+        options = {"sets": sets, "device": "cpu", "overwrite": overwrite}
+        self.attempt(lambda: pipeline.reconstruct(self.folder, **options), how)
 
     @rule(how=INTERRUPTIONS, overwrite=st.booleans(), frames=st.integers(1, 2))
     def export(self, how, overwrite, frames):
@@ -110,7 +118,7 @@ class RunFolder(RuleBasedStateMachine):
 
 
 def test_no_sequence_of_work_and_accidents_makes_a_run_folder_lie():
-    run_state_machine_as_test(RunFolder, settings=examples(3, steps=8))
+    run_state_machine_as_test(RunFolder, settings=examples(4, steps=8))
 
 
 @pytest.mark.parametrize("n", [1, 9, 30, 60])
