@@ -126,9 +126,9 @@ class Sweep:
             faults = [] if code in (0, 7) else [f"ended with {code}: {self.said()}"]
             self.tally("ranks", f"{signum.name} to a rank", faults + self.faults())
 
-    def failing_writes(self, every: int) -> None:
-        """Every n-th change, once or from then on."""
-        ways = [(code, False) for code in CODES] + [(errno.ENOSPC, True)]
+    def failing_writes(self, every: int, codes: tuple[int, ...] = CODES) -> None:
+        """Every n-th change, once or, with a full disk, from then on."""
+        ways = [(code, False) for code in codes] + [(errno.ENOSPC, True)]
         for n, (code, ever_after) in itertools.product(range(1, self.changes + 1, every), ways):
             fileio.remove(self.folder)
             ended = self.call(self.work, failing(n, code, ever_after))
