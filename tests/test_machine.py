@@ -1,4 +1,5 @@
 import importlib
+import importlib.metadata
 import json
 
 import pytest
@@ -83,6 +84,13 @@ def test_doctor_names_the_library_open3d_lacks(monkeypatch):
     monkeypatch.setattr(machine.sys, "platform", "linux")
     check = {check.name: check for check in machine.checks()}["open3d"]
     assert not check.ok and check.optional and "apt-get install libusb-1.0-0" in check.detail
+
+
+def test_dependencies_are_listed_with_version_and_licence():
+    found = machine.dependencies()
+    assert found["torch"]["version"] == importlib.metadata.version("torch") and "BSD" in str(found["torch"]["licence"])
+    assert found["numpy"]["extra"] is None and found["usd-core"]["extra"] == "usd" and "pytest" not in found
+    assert all(entry["licence"] for entry in found.values() if entry["version"])
 
 
 def test_description_of_the_machine_fits_json_and_names_cpu_and_versions():

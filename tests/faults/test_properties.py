@@ -69,7 +69,7 @@ def test_any_matrix_resumes_from_any_state_to_the_same_bits(config, V, F, seed, 
     assert torch.equal(sampled(config, V, F, seed, state=states[at % len(states)]), whole)
 
 
-@examples(25)
+@examples(10)
 @given(config=CONFIGS, V=st.integers(1, 6), F=st.integers(1, 6), counts=st.tuples(st.integers(1, 8), st.integers(1, 8)))
 def test_any_number_of_lines_in_flight_changes_nothing_but_rounding(config, V, F, counts):
     one, many = sampled(config, V, F, 3), sampled(config, V, F, 3, in_flight=counts)
