@@ -40,6 +40,7 @@ from stages import STAGES, Stage
 from d2 import fileio, machine
 from d2.cli.stop import StopFlag
 from d2.errors import D2Error
+from d2.generation import CONFIG
 from d2.recon.formats import ply, splat, spz
 from d2.run import LEFTOVER, LOCK, Run
 
@@ -201,16 +202,15 @@ class Sweep:
             self.stage.work(self.folder, stop)
 
     def lose_a_rank(self, signum: signal.Signals) -> None:
-        """Work on two ranks, with a child that strikes rank 1 at a random instant after it has begun."""
-        parent, wait = os.getpid(), self.rng.uniform(0, 4)
+        """Work on two ranks, with a child that strikes rank 1 at a random instant once the two have met."""
+        parent, wait = os.getpid(), self.rng.uniform(0, self.seconds)
         if os.fork() == 0:
             deadline = time.monotonic() + PATIENCE
-            while not (ranks := children(parent) - {os.getpid()}) and time.monotonic() < deadline:
+            while not (self.folder / CONFIG).exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(wait)
-            for pid in ranks:
-                if pid in children(parent):
-                    os.kill(pid, signum)
+            for pid in children(parent) - {os.getpid()}:
+                os.kill(pid, signum)
             os._exit(0)
         self.stage.work(self.folder, processes=2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("campaign", print_blob=True)
-MORE = 10  # times as many
+MORE = 4  # times as many
 
 
 def examples(few: int, steps: int = 50) -> settings:
