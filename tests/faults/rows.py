@@ -148,4 +148,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             test: "fails" if "failed" in seen else "passes" if "passed" in seen else "skipped"
             for test, seen in _outcomes.items()
         }
-        README.write_text(table(status), encoding="utf-8")
+        told = statuses(README.read_text(encoding="utf-8")) if README.exists() else {}
+        README.write_text(table(told | status), encoding="utf-8")  # of tests that did not run it says what it said
