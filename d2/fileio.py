@@ -142,7 +142,7 @@ def remove(path: str | Path) -> None:
 
 
 def swap_folder(new: str | Path, final: str | Path) -> None:
-    """Puts the finished folder `new` in the place of `final`; the old one goes only afterwards."""
+    """Puts the finished folder `new` in the place of `final`; the old one goes afterwards, or is back on failure."""
     new, final = Path(new), Path(final)
     old = _old(final)
     remove(old)
@@ -174,7 +174,7 @@ def _old(final: Path) -> Path:
 
 
 def _remove_temporary(path: Path) -> None:
-    """Quietly: where the disk refuses even that, a leftover stays, which the next process to come removes."""
+    """Quietly: where the disk refuses even that, a leftover stays."""
     with contextlib.suppress(OSError):
         before_change("remove", path)
         path.unlink(missing_ok=True)

@@ -145,6 +145,41 @@ def test_a_swap_that_dies_between_its_renames_is_undone(tmp_path, monkeypatch):
     assert (tmp_path / "final" / "a").read_bytes() == b"old" and (tmp_path / "new" / "a").read_bytes() == b"new"
 
 
+def test_a_swap_that_the_disk_refuses_brings_the_old_folder_back(tmp_path, monkeypatch):
+    fileio.atomic_write(tmp_path / "final" / "a", b"old")
+    fileio.atomic_write(tmp_path / "new" / "a", b"new")
+
+    def refuse_the_new(change, path):
+        if change == "replace" and path.name == "new":
+            raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(fileio, "before_change", refuse_the_new)
+    with pytest.raises(ResourceError, match=r"cannot write .*new"):
+        fileio.swap_folder(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "a").read_bytes() == b"old" and files_in(tmp_path) == ["final", "new"]
+
+
+@pytest.mark.row(48)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: fileio.append_line(path, "x"), lambda path: fileio.truncate(path, 0), fileio.remove,
+        lambda path: fileio.create_exclusive(path, b"x"), lambda path: fileio.swap_folder(path, path),
+        lambda path: fileio.write_json(path, 1),
+    ],
+)  # fmt: skip
+def test_every_change_that_the_disk_refuses_is_one_resource_error(tmp_path, monkeypatch, write):
+    (tmp_path / "a").write_text("old")
+
+    def refuse(change, path):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(fileio, "before_change", refuse)
+    with pytest.raises(ResourceError, match=r"cannot (write|remove) .*a(\.old)?: no"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "old" and files_in(tmp_path) == ["a"]
+
+
 def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
     fileio.require_space(tmp_path / "a" / "b", 1)
     with pytest.raises(ResourceError, match="MB of disk needed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from surroundings import ROOT
 from d2 import fileio
 from d2.errors import ConflictError, D2Error
 from d2.recon import exports, pipeline
+from d2.recon.formats import sequence
 from d2.run import Run, is_run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -119,6 +121,18 @@ class RunFolder(RuleBasedStateMachine):
 
 def test_no_sequence_of_work_and_accidents_makes_a_run_folder_lie():
     run_state_machine_as_test(RunFolder, settings=examples(4, steps=8))
+
+
+def test_what_a_killed_export_left_goes_and_what_a_living_one_works_on_stays(tmp_path):
+    for pid in (1, 1 << 30, os.getpid()):
+        (tmp_path / f".ply.{pid}.new").mkdir()
+    (tmp_path / ".ply.mine.new").mkdir()
+    (tmp_path / ".ply.old").mkdir()
+    sequence.write(lambda time: b"x", tmp_path / "other", "a", ".ply", [0.0], 24.0)
+    assert len(list(tmp_path.iterdir())) == 6, "another folder's were touched"
+    (tmp_path / ".ply.old").rmdir()
+    sequence.write(lambda time: b"x", tmp_path / "ply", "a", ".ply", [0.0], 24.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".ply.1.new", ".ply.mine.new", "other", "ply"]
 
 
 def test_an_export_that_dies_is_made_whole_by_the_same_call_and_leaves_nothing_behind(tmp_path):
