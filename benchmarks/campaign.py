@@ -57,6 +57,7 @@ def main(
         record = summary(place, ended)
     record["passed"] &= record["rows"]["green"] == record["rows"]["total"]
     record["options"] = {"kills": kills, "every": every, "ranks": ranks, "n": n, "lanes": lanes}
+    record["options"] |= {"iterations": iterations, "assets": assets}
     record |= {"minutes": round((time.monotonic() - begin) / 60, 1), "machine": machine.describe()}
     fileio.write_json(out, record)
     print(record)

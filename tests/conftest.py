@@ -16,6 +16,7 @@ import pytest
 
 pytest.register_assert_rewrite("faults.assertions")
 
+import faults.examples  # noqa: E402, F401  (pytest is told of its profile before it collects tests)
 from faults.assertions import Outcome  # noqa: E402
 from faults.rows import (  # noqa: E402, F401
     pytest_addoption,
