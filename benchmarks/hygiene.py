@@ -59,7 +59,7 @@ def many_iterations(place: Path, count: int) -> list[Look]:
             if progress.iteration % max(1, count // LOOKS) == 0:
                 looks.append(look())
 
-    sets = (*SETS, f"iterations={count}", f"validate_every={max(1, count // 10)}")
+    sets = (*SETS, f"iterations={count}", f"validate_every={max(1, count // 4)}")
     pipeline.reconstruct(place / "source", place / "out", sets=sets, device="cpu", observer=Watch())
     return looks
 
