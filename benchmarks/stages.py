@@ -109,15 +109,15 @@ def matrix_run(folder: Path) -> Run:
     return run
 
 
-def write_ball(run: Run) -> None:
-    """The matrix of `matrix_run`."""
+def write_ball(run: Run, green: int = 90) -> None:
+    """The matrix of `matrix_run`, or one of another colour."""
     rig = camera.orbit(VIEWS, width=SIZE, height=SIZE)
     rows, columns = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
 
     def cell(v: int, f: int) -> np.ndarray:
         inside = np.hypot(rows, columns) < 8 - f
         shade = (128 + 8 * columns + 20 * v).clip(0, 255)
-        return np.dstack([shade, np.full_like(shade, 90), 255 - shade, inside * 255.0]).astype(np.uint8)
+        return np.dstack([shade, np.full_like(shade, green), 255 - shade, inside * 255.0]).astype(np.uint8)
 
     run.write_matrix(cell, FRAMES, rig, {})
 

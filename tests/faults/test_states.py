@@ -67,12 +67,12 @@ class RunFolder(RuleBasedStateMachine):
     def begin(self):
         stages.matrix_run(self.folder)
 
-    @rule(how=INTERRUPTIONS)
-    def write_the_matrix_again(self, how):
+    @rule(how=INTERRUPTIONS, green=st.integers(0, 255))
+    def write_another_matrix(self, how, green):
         def work():
             run = Run.open(self.folder)
             with run.lock():
-                stages.write_ball(run)
+                stages.write_ball(run, green)
 
         self.attempt(work, how)
 
@@ -120,7 +120,7 @@ class RunFolder(RuleBasedStateMachine):
 
 
 def test_no_sequence_of_work_and_accidents_makes_a_run_folder_lie():
-    run_state_machine_as_test(RunFolder, settings=examples(4, steps=8))
+    run_state_machine_as_test(RunFolder, settings=examples(8, steps=10))
 
 
 def test_what_a_killed_export_left_goes_and_what_a_living_one_works_on_stays(tmp_path):
