@@ -7,6 +7,7 @@ writes the table anew.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -88,6 +89,7 @@ _LINE = re.compile(r"\| (\d+) \| [^|]* \| \[[^]]*\]\(([^)]*)\) \| (\w+) \|")
 _PREFIX = re.compile(r"^test_(rows?(_\d+|_to)+_)?")
 
 
+@functools.cache
 def tests_of_rows() -> list[tuple[int, str, str]]:
     """(row, file as a link from the table, test), read from the sources."""
     found = []
