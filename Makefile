@@ -1,11 +1,12 @@
 # make demo: input to 4D asset on this machine.  make test: what CI runs.  make test-browser: the viewer in chromium.
+# make rows: the tests of tests/faults/README.md, and that page.  make campaign: them, crashes, damaged files, long runs: an hour.
 # make test-ray: d2 batch on a local Ray cluster.  make test-nerfstudio: the method d2-4dgs in nerfstudio.  make test-dcc:
 # exports drawn by other people's renderers and read by Blender, which comes as the Python package bpy (5.0.1: Python 3.11,
 # NumPy 1, 1 GB) into .venv-dcc.  All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-browser test-ray test-nerfstudio test-dcc lint clean
+.PHONY: venv demo test rows campaign test-browser test-ray test-nerfstudio test-dcc lint clean
 venv: .venv/done
 
 .venv/done: pyproject.toml constraints.txt
@@ -19,6 +20,12 @@ demo: venv
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+rows: venv
+	$(BIN)/python -m pytest --rows
+
+campaign: rows
+	$(BIN)/python benchmarks/campaign.py
 
 # Needs chromium (Debian: apt-get install --no-install-recommends chromium).  Where npm is there, accessibility and the
 # types of the modules are checked too.

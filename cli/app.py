@@ -79,7 +79,7 @@ def _log_traceback() -> str:
     from d2 import fileio
 
     try:
-        path = os.path.join(tempfile.gettempdir(), f"d2-{os.getpid()}.log")
+        path = os.path.join(tempfile.mkdtemp(prefix="d2-"), "error.log")  # a folder of the user's own: it quotes values
         fileio.atomic_write(path, traceback.format_exc().encode(errors="backslashreplace"))
         return path
     except (D2Error, OSError):

@@ -7,7 +7,9 @@ import contextlib
 import typer
 
 
-def doctor(json: bool = typer.Option(False, help="Print one JSON object.")) -> None:
+def doctor(
+    json: bool = typer.Option(False, help="Print one JSON object, with version and licence of every dependency."),
+) -> None:
     """Show what works on this machine: torch, CUDA, rasterizer, video, optional extras, weights."""
     from d2 import machine
 
@@ -19,7 +21,8 @@ def doctor(json: bool = typer.Option(False, help="Print one JSON object.")) -> N
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps({check.name: check._asdict() for check in checks}))
+        record = {check.name: check._asdict() for check in checks}
+        typer.echo(encoder.dumps(record | {"dependencies": machine.dependencies()}))
         return
     width = max(len(check.name) for check in checks)
     for check in checks:

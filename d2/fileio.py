@@ -32,6 +32,11 @@ MAX_NESTING = 32  # levels of lists and objects in a JSON or YAML file
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+def before_change(change: str, path: Path) -> None:
+    """Every change on disk passes here first: what is about to happen, to which path.  It does nothing; those who test
+    put something in its place that fails, or ends the process, at the n-th."""
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is fsynced and renamed to `path`.
@@ -43,23 +48,24 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb") as file:
+        with _changing("create", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
+            os.close(handle)
+            temporary = Path(name)
+        with _changing("write", path):
+            yield temporary
+        with _changing("fsync", path), open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out"
-        ) from error
+        with _changing("replace", path):
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            temporary = None
+        with _changing("fsync folder", path):
+            _fsync_folder(path.parent)
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            _remove_temporary(temporary)
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
@@ -95,63 +101,96 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 def append_line(path: str | Path, line: str) -> None:
     """Appends one line of text and flushes it; a reader may see a torn last line after a crash."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
+    with _changing("append", Path(path)), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def truncate(path: str | Path, size: int) -> None:
     """Cuts a log back to `size` bytes (used when a run resumes from an older checkpoint)."""
-    with contextlib.suppress(FileNotFoundError):
+    with _changing("truncate", Path(path)), contextlib.suppress(FileNotFoundError):
         os.truncate(path, size)
 
 
 def create_exclusive(path: str | Path, data: bytes) -> bool:
     """Creates `path` with its whole content if nothing has that name; False when something has."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.link(name, path)  # atomic, and fails when the name is taken
+        with _changing("create", path):
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+        with _changing("link", path):
+            try:
+                os.link(temporary, path)  # atomic, and fails when the name is taken
+            except FileExistsError:
+                return False
         return True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        os.unlink(name)
+        if temporary is not None:
+            _remove_temporary(Path(temporary))
 
 
 def remove(path: str | Path) -> None:
     """Removes a file or a whole folder; absent is fine."""
     path = Path(path)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with _changing("remove", path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def swap_folder(new: str | Path, final: str | Path) -> None:
-    """Puts the finished folder `new` in the place of `final`; the old one goes only afterwards."""
+    """Puts the finished folder `new` in the place of `final`; the old one goes afterwards, or is back on failure."""
     new, final = Path(new), Path(final)
-    old = final.with_name(f".{final.name}.old")
+    old = _old(final)
     remove(old)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    _fsync_folder(final.parent)
+    try:
+        if final.exists():
+            with _changing("replace", final):
+                os.replace(final, old)
+        with _changing("replace", new):
+            os.replace(new, final)
+    except ResourceError:
+        undo_swap(final)
+        raise
+    with _changing("fsync folder", final):
+        _fsync_folder(final.parent)
     remove(old)
 
 
 def undo_swap(final: str | Path) -> None:
     """Brings the old folder back where a swap_folder died between its two renames."""
     final = Path(final)
-    old = final.with_name(f".{final.name}.old")
-    if old.is_dir() and not final.exists():
-        os.replace(old, final)
+    if _old(final).is_dir() and not final.exists():
+        with _changing("replace", final):
+            os.replace(_old(final), final)
+
+
+def _old(final: Path) -> Path:
+    """Where a folder stands while another takes its place."""
+    return final.with_name(f".{final.name}.old")
+
+
+def _remove_temporary(path: Path) -> None:
+    """Quietly: where the disk refuses even that, a leftover stays."""
+    with contextlib.suppress(OSError):
+        before_change("remove", path)
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _changing(change: str, path: Path) -> Iterator[None]:
+    """One change on disk; raises ResourceError when the disk refuses."""
+    try:
+        before_change(change, path)
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"cannot {'remove' if change == 'remove' else 'write'} {path}: {error.strerror or error}; free the disk or"
+            " choose another --out"
+        ) from error
 
 
 def require_space(folder: str | Path, needed: int) -> None:

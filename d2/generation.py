@@ -204,7 +204,11 @@ def _drawn(source: Asset, settings: GenerateConfig, views: str | Path | None, ma
 
 
 def _require_place(home: Path, may_exist: bool) -> None:
-    """The cheap half of `_target`: raises for a place where no run can be, or where a finished one is."""
+    """The cheap half of `_target`: raises for a place where no run can be, or where a finished one is.
+
+    A run that died while it replaced the one at `home` is undone first.
+    """
+    fileio.undo_swap(home)
     if not is_run(home):
         Run.require_free(home)
         parent = home.absolute()

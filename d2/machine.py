@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,6 +110,34 @@ def checks() -> list[Check]:
     results += [_cuda(), _rasterizer(), _video(), _package("rembg", optional=True)]
     results += [_extra(module) for module in EXTRAS]
     return results
+
+
+def dependencies() -> dict[str, dict[str, str | None]]:
+    """Version and licence of every distribution that d2 names, as installed; of an extra that is not, None."""
+    found = {}
+    try:
+        named = importlib.metadata.requires("d2-4d") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        named = []
+    for text in named:
+        name = re.split(r"[^\w.-]", text, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"](\w+)", text)
+        if name == "d2-4d" or (extra and extra[1] == "dev"):
+            continue
+        try:
+            about = importlib.metadata.metadata(name)
+            found[name] = {"version": about["Version"], "licence": _licence(about)}
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = {"version": None, "licence": None}
+        found[name]["extra"] = extra and extra[1]
+    return found
+
+
+def _licence(about: importlib.metadata.PackageMetadata) -> str:
+    """What a distribution says about its licence: the SPDX expression, the classifier, or the first line of a text."""
+    classifiers = [text for text in about.get_all("Classifier") or [] if text.startswith("License ::")]
+    told = [about["License-Expression"], *(text.split(" :: ")[-1] for text in classifiers), about["License"]]
+    return next((text.strip().splitlines()[0] for text in told if text and text.strip()), "not told")
 
 
 def _package(name: str, optional: bool) -> Check:

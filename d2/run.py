@@ -174,8 +174,15 @@ class Run:
             fileio.remove(path)
 
     def remove_leftovers(self) -> None:
-        """Removes temporary files that a killed process left beside the files of stage 1; call it under the lock."""
-        for pattern in (".*", "generate/**/.*", "images/**/.*"):
+        """Removes temporary files that a killed process left beside the files of a stage; call it under the lock."""
+        for pattern in (
+            ".*",
+            "generate/**/.*",
+            "images/**/.*",
+            "recon/*/.*",
+            "recon/*/ckpt/.*",
+            "recon/*/reference/.*",
+        ):
             for path in list(self.folder.glob(pattern)):
                 if LEFTOVER.fullmatch(path.name) and path.is_file():
                     fileio.remove(path)

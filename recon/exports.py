@@ -140,6 +140,7 @@ def export(
     fileio.require_space(folder, _least_bytes(wanted, clip))
     meshes.require(wanted)
     for what, target in outputs.items():
+        targets.remove_leftovers(target)
         FORMATS[what](clip, target)
     _write_readme(clip, folder, wanted)
     return outputs

@@ -104,6 +104,7 @@ def reconstruct(
     run = Run.open(home) if is_run(home) else Run.create(home, fps if fps is not None else DEFAULT_FPS)
     with run.lock(), kernel_threads():
         fileio.undo_swap(folder)
+        run.remove_leftovers()
         target = _target(run, folder, stage, settings, overwrite)  # again: another process may have been here
         if target != folder and ((target / MODEL).exists() or _difference(target, settings)):
             fileio.remove(target)  # an earlier replacement that was given up

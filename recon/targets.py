@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from d2 import fileio
@@ -29,6 +30,14 @@ def folder(
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{fileio.quoted(existing)} cannot be written to; choose another --out")
     return chosen
+
+
+def remove_leftovers(target: Path) -> None:
+    """Removes what a process left that was killed while it wrote `target`: files under a name that only d2 gives."""
+    name = re.compile(rf"\.{re.escape(target.stem[:40])}\.[a-z0-9_]{{8}}{re.escape(target.suffix)}")
+    for path in list(target.parent.glob(".*")):
+        if name.fullmatch(path.name) and path.is_file():
+            fileio.remove(path)
 
 
 def check_free(target: Path, overwrite: bool) -> None:

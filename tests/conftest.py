@@ -18,7 +18,14 @@ import torch
 
 pytest.register_assert_rewrite("faults.assertions")
 
+import faults.examples  # noqa: E402, F401  (pytest is told of its profile before it collects tests)
 from faults.assertions import Outcome  # noqa: E402
+from faults.rows import (  # noqa: E402, F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
 from surroundings import ROOT, cli_environment  # noqa: E402
 from tiny_pair import draw_ball, single_thread, write_pair  # noqa: E402
 

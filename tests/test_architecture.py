@@ -213,6 +213,20 @@ def test_nothing_runs_or_unpickles_what_a_file_says():
         assert not imported & BANNED_MODULES, path
 
 
+def test_no_program_is_started_through_a_shell():
+    started = 0
+    for path in CODE:
+        for owner, name, call in calls_of(tree_of(path)):
+            where = f"{path}:{call.lineno}"
+            assert (owner, name) not in {("os", "system"), ("os", "popen"), ("subprocess", "getoutput")}, where
+            assert not name.startswith("create_subprocess_shell"), where
+            if owner == "subprocess":
+                started += 1
+                assert not any(keyword.arg == "shell" for keyword in call.keywords), where
+                assert not (call.args and isinstance(call.args[0], ast.Constant | ast.JoinedStr)), f"{where}: one text"
+    assert started > 10
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if p != ROOT / "d2" / "fileio.py"], ids=name_of)
 def test_only_fileio_writes_files(path):
     assert writes_of(tree_of(path)) == []

@@ -70,6 +70,7 @@ main()
 """
 
 
+@pytest.mark.row(23)
 def test_help_of_every_command_needs_neither_torch_nor_numba_nor_numpy(tmp_path):
     for name in ("torch", "numba", "numpy", "PIL", "gsplat", "safetensors", "imageio_ffmpeg", "plyfile"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not to be imported')\n")
@@ -89,6 +90,7 @@ def test_every_command_and_option_says_what_it_does():
             assert getattr(parameter, "help", None), f"{' '.join(words)}: {parameter.name} has no help text"
 
 
+@pytest.mark.row(20)
 @pytest.mark.parametrize("words", [["--nosuch"], ["nosuch"], ["reconstruct"], ["reconstruct", "x", "--fps", "fast"]])
 def test_row_20_wrong_usage_exits_2_and_shows_the_usage(d2, words):
     outcome = d2(*words)
@@ -99,6 +101,7 @@ def test_no_words_at_all_show_the_help(d2):
     assert "Usage: " in "".join(d2()[1:])
 
 
+@pytest.mark.row(20)
 def test_row_20_a_set_without_an_equals_sign_exits_2(d2, tiny_dataset):
     expect_fault(lambda: d2("reconstruct", tiny_dataset, "--set", "iterations"), 2, "expected field=value")
 
@@ -116,10 +119,12 @@ def test_a_setting_that_cannot_be_exits_3(d2, tiny_dataset, text):
     expect_fault(lambda: d2("reconstruct", tiny_dataset, "--set", text), 3, text.partition("=")[0])
 
 
+@pytest.mark.row(60)
 def test_a_gpu_that_is_not_there_exits_4(d2, tiny_dataset):
     expect_fault(lambda: d2("reconstruct", tiny_dataset, "--device", "cuda:99"), 4, "--device cpu")
 
 
+@pytest.mark.row(59)
 def test_memory_that_runs_out_exits_5(d2, monkeypatch, tiny_dataset):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
 
@@ -130,6 +135,7 @@ def test_memory_that_runs_out_exits_5(d2, monkeypatch, tiny_dataset):
         expect_fault(lambda: d2("reconstruct", tiny_dataset), 5, "out of memory")
 
 
+@pytest.mark.row(36)
 def test_an_unfinished_run_exits_8(d2, tmp_path):
     Run.create(tmp_path / "run")
     expect_fault(lambda: d2("reconstruct", tmp_path / "run"), 8, "no finished matrix")
@@ -174,6 +180,7 @@ def test_a_machine_without_its_libraries_fails_the_doctor_with_4(d2, monkeypatch
 # -- terminals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(49)
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_row_49_a_reader_that_left_is_no_reason_to_complain(tmp_path, word):
     reader, writer = os.pipe()
@@ -197,6 +204,7 @@ main()
 """
 
 
+@pytest.mark.row(49)
 @pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1:strict", "utf-8:strict"])
 def test_row_49_a_terminal_that_lacks_characters_gets_escapes_instead_of_failures(tmp_path, encoding):
     outcome = run_script(DOCTOR, tmp_path, ASCII | {"PYTHONIOENCODING": encoding})
@@ -213,12 +221,14 @@ main()
 """
 
 
+@pytest.mark.row(49)
 def test_row_49_no_home_and_a_dumb_ascii_terminal_give_the_same_line(run_cli):
     env = ASCII | {"TERM": "dumb", "HOME": "", "XDG_CACHE_HOME": ""}
     message = expect_fault(lambda: run_cli("reconstruct", "/nowhere/ü", env=env), 3, "nowhere", "does not exist")
     assert message.isascii()
 
 
+@pytest.mark.row(49)
 def test_row_49_a_deleted_working_folder_is_one_line(tmp_path, tiny_dataset):
     script = MISSING.format(before="os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", path=str(tiny_dataset))
     expect_fault(lambda: run_script(script, tmp_path), 3, "working folder", folder=tiny_dataset)
@@ -240,6 +250,7 @@ def test_one_signal_sets_the_flag_and_without_one_the_old_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.row(42)
 def test_a_second_signal_on_the_way_out_is_no_traceback(tmp_path):
     raised = "signal.raise_signal(signal.SIGINT)"
     script = f"import signal\nfrom d2.cli.stop import StopFlag\nwith StopFlag():\n {raised}\n{raised}\nprint('late')"
@@ -248,6 +259,7 @@ def test_a_second_signal_on_the_way_out_is_no_traceback(tmp_path):
     assert "Traceback" not in outcome.stderr
 
 
+@pytest.mark.row(42)
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_second_signal_ends_the_process_at_once(tmp_path, name, code):
     raised = f"signal.raise_signal(signal.{name})"
@@ -256,6 +268,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, name, code):
     assert (outcome.code, outcome.stdout) == (code, "")
 
 
+@pytest.mark.row(61)
 def test_ctrl_c_while_a_command_imports_exits_130_without_a_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -294,6 +307,7 @@ def assert_goes_on(dataset: Path, out: Path) -> None:
         assert mine.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-6) and mine == other
 
 
+@pytest.mark.row(41)
 def test_row_41_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(tiny_dataset, tmp_path):
     out = tmp_path / "out"
     outcome = interrupted(tiny_dataset, out, signal.SIGTERM)
@@ -303,6 +317,7 @@ def test_row_41_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(tiny_data
     assert_goes_on(tiny_dataset, out)
 
 
+@pytest.mark.row(42)
 def test_row_42_sigint_saves_and_exits_130(tiny_dataset, tmp_path):
     outcome = interrupted(tiny_dataset, tmp_path / "out", signal.SIGINT)
     expect_fault(lambda: outcome, 130, "all saved; go on with: d2 reconstruct")

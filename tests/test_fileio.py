@@ -25,6 +25,7 @@ def files_in(folder):
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(48)
 @pytest.mark.parametrize("name", ["replace", "fsync"])
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EACCES, errno.EIO, errno.ENOSPC])
 def test_a_failing_disk_keeps_the_old_file_and_leaves_no_temporary(tmp_path, monkeypatch, name, code):
@@ -144,6 +145,41 @@ def test_a_swap_that_dies_between_its_renames_is_undone(tmp_path, monkeypatch):
     assert (tmp_path / "final" / "a").read_bytes() == b"old" and (tmp_path / "new" / "a").read_bytes() == b"new"
 
 
+def test_a_swap_that_the_disk_refuses_brings_the_old_folder_back(tmp_path, monkeypatch):
+    fileio.atomic_write(tmp_path / "final" / "a", b"old")
+    fileio.atomic_write(tmp_path / "new" / "a", b"new")
+
+    def refuse_the_new(change, path):
+        if change == "replace" and path.name == "new":
+            raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(fileio, "before_change", refuse_the_new)
+    with pytest.raises(ResourceError, match=r"cannot write .*new"):
+        fileio.swap_folder(tmp_path / "new", tmp_path / "final")
+    assert (tmp_path / "final" / "a").read_bytes() == b"old" and files_in(tmp_path) == ["final", "new"]
+
+
+@pytest.mark.row(48)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: fileio.append_line(path, "x"), lambda path: fileio.truncate(path, 0), fileio.remove,
+        lambda path: fileio.create_exclusive(path, b"x"), lambda path: fileio.swap_folder(path, path),
+        lambda path: fileio.write_json(path, 1),
+    ],
+)  # fmt: skip
+def test_every_change_that_the_disk_refuses_is_one_resource_error(tmp_path, monkeypatch, write):
+    (tmp_path / "a").write_text("old")
+
+    def refuse(change, path):
+        raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(fileio, "before_change", refuse)
+    with pytest.raises(ResourceError, match=r"cannot (write|remove) .*a(\.old)?: no"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "old" and files_in(tmp_path) == ["a"]
+
+
 def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
     fileio.require_space(tmp_path / "a" / "b", 1)
     with pytest.raises(ResourceError, match="MB of disk needed"):
@@ -203,6 +239,7 @@ def test_yaml_that_is_not_plain_is_one_input_error(text):
         fileio.parse_yaml(text, "a.yaml")
 
 
+@pytest.mark.row(17)
 def test_yaml_tags_run_nothing(tmp_path):
     with pytest.raises(InputError):
         fileio.parse_yaml(f"!!python/object/apply:os.system ['touch {tmp_path}/pwned']", "a.yaml")
@@ -238,6 +275,7 @@ def test_readers_are_capped(tmp_path, read):
         read(path)
 
 
+@pytest.mark.row(12)
 def test_what_is_no_regular_file_is_never_opened(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
@@ -246,6 +284,7 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path):
             fileio.read_bytes(tmp_path / name, 100)
 
 
+@pytest.mark.row(14)
 def test_an_unreadable_file_says_permission_denied(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("{}")
@@ -291,6 +330,7 @@ SAFETENSORS_LIES = {
 }  # fmt: skip
 
 
+@pytest.mark.row(26)
 @pytest.mark.parametrize("lie", SAFETENSORS_LIES)
 def test_safetensors_headers_that_lie_are_one_input_error(tmp_path, lie):
     path = tmp_path / "a.safetensors"

@@ -145,6 +145,7 @@ def test_a_run_killed_in_the_middle_opens_and_goes_on_to_the_same_bits(tiny, gen
     assert not list(folder.rglob(".*"))
 
 
+@pytest.mark.row(41)
 def test_sigterm_ends_with_143_and_the_command_that_goes_on(tiny, clip, tmp_path):
     folder = tmp_path / "run"
     words = command(tiny, clip, folder, "--set", "steps=200", "--quiet")
@@ -253,6 +254,7 @@ def test_any_number_of_views_and_frames_works(generate, ball, tmp_path):
     assert len(json.loads((folder / "transforms.json").read_text())["frames"]) == V * F
 
 
+@pytest.mark.row(30)
 def test_overwrite_replaces_a_finished_run_only_after_success(generate, clip, finished, tmp_path):
     folder = finished
     before = bits(folder)
@@ -287,6 +289,7 @@ def test_the_reference_projects_samples_become_runs(generate, tmp_path, name):
         assert max(box[2] - box[0], box[3] - box[1]) >= 0.85 * 64
 
 
+@pytest.mark.row(35)
 def test_the_bit_flipped_the_missing_and_the_resized_cell_are_named(finished):
     folder = finished
     cell = folder / "images/v01/f002.png"
@@ -319,6 +322,7 @@ def test_the_preview_while_sampling_has_a_tile_for_every_cell():
     assert previews.latent_sheet(torch.zeros(21, 25, 4, 72, 72)).shape == (21 * 36, 25 * 36, 3)
 
 
+@pytest.mark.row(58)
 @pytest.mark.parametrize("fits", [1, 0])
 def test_where_memory_runs_out_fewer_lines_are_tried_down_to_one(generate, clip, finished, tmp_path, monkeypatch, fits):
     healthy = UNetDenoiser.__call__

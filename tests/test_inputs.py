@@ -52,6 +52,7 @@ def test_the_orientation_in_exif_is_applied(tmp_path):
     assert read(tmp_path / "x.jpg", 3).pictures[0].size == (10, 30)
 
 
+@pytest.mark.row(3)
 def test_frames_are_in_natural_order_whatever_they_are_called(tmp_path):
     names = ["walk_1.png", "walk_2.png", "walk_10.png"]
     clip = read(folder_of(tmp_path / "a b ü", names), 3)
@@ -61,11 +62,13 @@ def test_frames_are_in_natural_order_whatever_they_are_called(tmp_path):
     assert read(folder_of(tmp_path / "c", ["-1.png", "0²1.png", "line\n2.png"]), 3).names[0] == "0²1.png"
 
 
+@pytest.mark.row(3)
 def test_numbered_and_unnumbered_names_together_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.png has no number"):
         read(folder_of(tmp_path, ["0.png", "1.png", "a.png"]), 3)
 
 
+@pytest.mark.row(11)
 def test_of_too_many_frames_evenly_spaced_ones_are_taken_and_said(tmp_path):
     folder = folder_of(tmp_path, [f"{i}.png" for i in range(9)])
     told = []
@@ -74,11 +77,13 @@ def test_of_too_many_frames_evenly_spaced_ones_are_taken_and_said(tmp_path):
     assert read(folder, 3, "first", told.append).names == ("0.png", "1.png", "2.png")
 
 
+@pytest.mark.row(11)
 def test_too_few_frames_say_how_many_and_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"expected 5 frames, got 3.*--set frames=3"):
         read(folder_of(tmp_path, ["0.png", "1.png", "2.png"]), 5)
 
 
+@pytest.mark.row(9)
 def test_the_first_frame_of_another_size_is_named(tmp_path):
     folder_of(tmp_path, ["0.png", "1.png", "2.png"])
     square(tmp_path / "1.png", size=(21, 16))
@@ -86,12 +91,14 @@ def test_the_first_frame_of_another_size_is_named(tmp_path):
         read(tmp_path, 3)
 
 
+@pytest.mark.row(2)
 def test_a_folder_without_images_lists_what_is_accepted(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"no images; accepted: \.png, \.jpg"):
         read(tmp_path, 3)
 
 
+@pytest.mark.row(4)
 @pytest.mark.parametrize(("name", "data"), [("a.png", b""), ("a.png", b"text"), ("a.jpg", b"<html></html>")])
 def test_a_file_that_is_no_image_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
@@ -99,6 +106,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, name, data):
         read(tmp_path / name, 3)
 
 
+@pytest.mark.row(12)
 def test_what_only_looks_like_an_image_is_left_out_aloud_and_never_blocks(tmp_path):
     folder_of(tmp_path, ["0.png", "1.png", "2.png"])
     (tmp_path / "3.png").mkdir()
@@ -111,6 +119,7 @@ def test_what_only_looks_like_an_image_is_left_out_aloud_and_never_blocks(tmp_pa
         read(tmp_path / "5.png", 3)
 
 
+@pytest.mark.row(14)
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     square(tmp_path / "x.png")
 
@@ -168,6 +177,7 @@ def test_masks_give_the_alpha_and_have_to_fit(tmp_path):
         with_masks(clip, tmp_path / "masks")
 
 
+@pytest.mark.row(60)
 def test_a_missing_rembg_model_says_how_to_get_it_and_downloads_nothing(tmp_path, monkeypatch):
     for name in ("U2NET_HOME", "REMBG_HOME", "XDG_DATA_HOME", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "empty"))
@@ -211,6 +221,7 @@ def test_rembg_with_a_real_model_finds_the_object(tmp_path, shared):
     assert (a & b).sum() / (a | b).sum() > 0.9
 
 
+@pytest.mark.row(7)
 @pytest.mark.parametrize("opaque", [0, 1])
 def test_nothing_or_a_single_pixel_is_no_foreground(tmp_path, opaque):
     image = Image.new("RGBA", (20, 20))

@@ -1,4 +1,5 @@
 import importlib
+import importlib.metadata
 import json
 
 import pytest
@@ -30,6 +31,7 @@ def test_a_missing_system_library_gives_one_line_with_its_package(failing_import
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.row(60)
 @pytest.mark.parametrize(
     ("module", "install"), [("open3d", "'d2-4d[mesh]'"), ("nerfstudio", "'d2-4d[nerfstudio]'"), ("plyfile", "plyfile")]
 )
@@ -82,6 +84,13 @@ def test_doctor_names_the_library_open3d_lacks(monkeypatch):
     monkeypatch.setattr(machine.sys, "platform", "linux")
     check = {check.name: check for check in machine.checks()}["open3d"]
     assert not check.ok and check.optional and "apt-get install libusb-1.0-0" in check.detail
+
+
+def test_dependencies_are_listed_with_version_and_licence():
+    found = machine.dependencies()
+    assert found["torch"]["version"] == importlib.metadata.version("torch") and "BSD" in str(found["torch"]["licence"])
+    assert found["numpy"]["extra"] is None and found["usd-core"]["extra"] == "usd" and "pytest" not in found
+    assert all(entry["licence"] for entry in found.values() if entry["version"])
 
 
 def test_description_of_the_machine_fits_json_and_names_cpu_and_versions():

@@ -35,12 +35,14 @@ def test_the_box_holds_every_pixel_that_is_not_fully_transparent():
     assert foreground(image) == Box(5, 7, 26, 14)
 
 
+@pytest.mark.row(7)
 def test_a_single_opaque_pixel_is_a_foreground():
     box = Box(39, 29, 1, 1)
     assert foreground(picture(40, 30, box)) == box
     assert frame_picture(picture(40, 30, box), size=16).shape == (16, 16, 3)
 
 
+@pytest.mark.row(7)
 def test_a_fully_transparent_picture_is_refused():
     with pytest.raises(InputError, match="no foreground"):
         frame_picture(Image.new("RGBA", (8, 8), (9, 9, 9, 0)))

@@ -80,6 +80,7 @@ def generate_on(generate, tiny, monkeypatch):
     return run
 
 
+@pytest.mark.row(55)
 @settings(max_examples=150, deadline=None)
 @given(V=st.integers(1, 12), F=st.integers(1, 12), W=st.integers(1, 12), joined=st.booleans())
 def test_row_55_every_cell_is_denoised_exactly_once_by_each_model(V, F, W, joined):
@@ -98,6 +99,7 @@ def test_work_is_spread_as_evenly_as_whole_lines_allow():
     assert max(sum(costs[piece] for piece in mine) for mine in share(costs, 8)) < 1.06 * sum(costs) / 8
 
 
+@pytest.mark.row(55)
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_ranks_gives_the_bits_of_one(generate_on, finished, clip, tmp_path, size):
     crew = generate_on(size, clip, tmp_path / "new")
@@ -132,6 +134,7 @@ def test_cells_that_are_sampled_again_are_shared_out_too(generate_on, generate, 
     assert bits(other) == bits(finished)
 
 
+@pytest.mark.row(58)
 @pytest.mark.parametrize("fits", [1, 0])
 def test_a_rank_whose_memory_runs_out_takes_fewer_lines_or_says_so(generate_on, clip, tmp_path, monkeypatch, fits):
     healthy = UNetDenoiser.__call__
@@ -152,6 +155,7 @@ def test_a_rank_whose_memory_runs_out_takes_fewer_lines_or_says_so(generate_on, 
     assert stage is not None and set(stage["in_flight"].values()) == {1}
 
 
+@pytest.mark.row(57)
 @pytest.mark.parametrize(("number", "reason"), [(signal.SIGKILL, "rank 1 ended"), (signal.SIGSTOP, "no sign of life")])
 def test_a_rank_that_is_killed_or_stopped_ends_the_run_with_7_and_the_run_goes_on_from_there(
     generate, clip, finished, tmp_path, monkeypatch, number, reason
@@ -182,6 +186,7 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_with_7_and_the_run_goes_o
     assert all(child.returncode == 0 for child in children[1:])
 
 
+@pytest.mark.row(60)
 def test_a_gpu_that_is_not_there_and_compiling_without_one_are_refused(generate, tiny, clip, tmp_path):
     pair = load_models(load(GenerateConfig, tiny / "preset.yaml"), tiny, "cuda")
     with pytest.raises(SetupError, match=r"--gpus 64: torch sees \d"):

@@ -159,6 +159,7 @@ def run(words: list[str], place: Path) -> None:
     assert done.returncode == 0, f"{words[-1]}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
 
 
+@pytest.mark.row(73)
 def test_row_73_every_block_of_readme_runs(readme, place):
     commands = [runnable(block, ROOT) for _, block in blocks(readme, "sh")]
     assert any(commands), "README.md shows no d2 command"

@@ -77,6 +77,7 @@ def test_an_unfinished_run_has_no_matrix(tmp_path):
         Run.create(tmp_path / "run").matrix()
 
 
+@pytest.mark.row(35)
 def test_a_deleted_image_is_named_by_view_and_frame(finished):
     (finished.folder / run.cell_path(1, 0)).unlink()
     with pytest.raises(InputError, match="view 1 frame 0"):
@@ -85,6 +86,7 @@ def test_a_deleted_image_is_named_by_view_and_frame(finished):
         finished.require_intact("generate")
 
 
+@pytest.mark.row(35)
 def test_a_flipped_bit_in_an_image_is_noticed(finished):
     finished.require_intact("generate")
     path = finished.folder / run.cell_path(0, 2)
@@ -125,6 +127,7 @@ def test_times_go_from_0_to_1():
 # -- manifests nobody should trust -------------------------------------------------------------------------
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("version", [99, 0, "1", None, True, [1]])
 def test_another_version_says_which_d2_is_needed(finished, version):
     finished.manifest |= {"version": version, "d2": "9.9.9"}
@@ -133,6 +136,7 @@ def test_another_version_says_which_d2_is_needed(finished, version):
         Run.open(finished.folder)
 
 
+@pytest.mark.row(33)
 @pytest.mark.parametrize(
     "change",
     [
@@ -153,6 +157,7 @@ def test_wrong_types_and_values_in_a_manifest_are_refused(finished, change):
         Run.open(finished.folder)
 
 
+@pytest.mark.row(33)
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "3", '{"version": NaN}', '{"a": 1, "a": 2}', "[" * 5000, "\xff"]
 )
@@ -162,6 +167,7 @@ def test_a_manifest_that_is_no_object_is_refused(finished, text):
         Run.open(finished.folder)
 
 
+@pytest.mark.row(33)
 def test_500_mutations_of_a_manifest_only_ever_give_an_input_error(finished):
     rng, path = random.Random(0), finished.folder / "run.json"
     original, refused = path.read_bytes(), 0
@@ -197,12 +203,14 @@ def test_a_lock_is_released_when_the_work_fails(finished):
     assert not (finished.folder / ".lock").exists()
 
 
+@pytest.mark.row(32)
 def test_a_second_lock_names_pid_and_host_of_the_first(finished):
     where = f"locked by pid {os.getpid()} on {socket.gethostname()}"
     with finished.lock(), pytest.raises(ConflictError, match=where), Run.open(finished.folder).lock():
         pass
 
 
+@pytest.mark.row(32)
 def test_the_lock_of_another_living_process_holds(finished):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -228,6 +236,7 @@ def test_a_dead_pid_that_a_new_process_was_given_is_told_apart(finished):
         pass
 
 
+@pytest.mark.row(32)
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"pid": "x"}', '{"pid": -1}', '{"pid": 1e9}', '{"pid": true}']
 )

@@ -136,6 +136,7 @@ def program(path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.row(60)
 def test_row_60_an_ffmpeg_without_the_encoder_is_named_with_the_line_that_installs_one(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program(tmp_path / "ffmpeg", "echo ' V....D libx264  H.264'"))
     with pytest.raises(SetupError, match=r"no encoder libvpx-vp9.*pip install 'imageio\[ffmpeg\]'"):

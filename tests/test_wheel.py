@@ -94,6 +94,7 @@ main()
 """
 
 
+@pytest.mark.row(72)
 def test_row_72_installed_outside_of_the_repository_every_module_imports_and_the_doctor_is_well(wheel, tmp_path):
     place = tmp_path / "site"
     command = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -80,15 +81,33 @@ def writing(
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a folder to fill, frames.json last, that takes the place of `folder` once it is whole.
 
-    Raises ConflictError as `check_replaceable` does, before anything is written.
+    What a process that was killed left here goes.  Raises ConflictError as `check_replaceable` does, before anything
+    is written.
     """
+    fileio.undo_swap(folder)
     check_replaceable(folder, overwrite)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.new"):
+        if not _is_at_work(left.suffixes[-2][1:]):
+            fileio.remove(left)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     try:
         yield temporary
         fileio.swap_folder(temporary, folder)
     finally:
         fileio.remove(temporary)
+
+
+def _is_at_work(pid: str) -> bool:
+    """Whether another process has this number; of what is no number nothing is known."""
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return not pid.isdecimal()
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def file_name(name: str, suffix: str, index: int, count: int) -> str:

@@ -53,10 +53,12 @@ def read(path: str | Path, frame: Frame = "rdf", warn: values.Warn | None = None
         raise InputError(f"{label} is not a .splat file: {len(data)} bytes are no whole number of {ROW.itemsize}")
     rows = np.frombuffer(data, ROW)
     rgba = rows["rgba"] / 255.0
+    with np.errstate(invalid="ignore"):  # a signalling NaN, which is dropped like every other
+        means, scales = rows["mean"].astype(float), rows["scale"].astype(float)
     found = Values(
-        means=rows["mean"].astype(float),
+        means=means,
         quats=(rows["quat"].astype(float) - 128) / 128,
-        scales=rows["scale"].astype(float),
+        scales=scales,
         opacities=rgba[:, 3],
         sh=((rgba[:, :3] - 0.5) / spherical.C0)[:, None],
     )

@@ -6,19 +6,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faults.assertions import Outcome, digests, require_fault
 from PIL import Image
 from tiny_pair import draw_ball, single_thread
 
 from d2 import fileio, generation, pair
 from d2.cli import app
 from d2.denoiser import UNetDenoiser
-from d2.errors import Stopped
+from d2.errors import ConflictError, Stopped
 from d2.phases import STATE, Observer
 from d2.run import Run, _started
 
@@ -30,16 +32,23 @@ def tree(folder):
 
 @pytest.fixture
 def d2(monkeypatch, capsys, tmp_path):
-    """Runs the command line in this process: exit code and the last line of stderr."""
+    """Runs the command line in this process: exit code and the last line of stderr.
+
+    What is refused has to be refused as every fault is; of a wrong command line Typer tells in its own way.
+    """
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["d2", *map(str, words)])
         capsys.readouterr()
+        before, start = digests(tmp_path), time.monotonic()
         with pytest.raises(SystemExit) as caught:
             app.main()
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert not any("Traceback" in line for line in lines)
-        return int(caught.value.code or 0), lines[-1] if lines else ""
+        code, said = int(caught.value.code or 0), capsys.readouterr().err
+        if code not in (0, 2):
+            before = {name: digest for name, digest in before.items() if not name.endswith(STATE)}  # work that goes on
+            require_fault(Outcome(code, "", said), start, before, tmp_path)
+        assert "Traceback" not in said
+        return code, (said.strip().splitlines() or [""])[-1]
 
     monkeypatch.chdir(tmp_path)
     return run
@@ -78,6 +87,7 @@ def unfinished(unfinished_once, tmp_path):
     return Path(shutil.copytree(unfinished_once, tmp_path / "run"))
 
 
+@pytest.mark.row(1)
 def test_a_missing_input_is_named_before_any_weight_is_opened(d2, tmp_path):
     code, line = d2("generate", tmp_path / "absent.png", "--weights", tmp_path / "none")
     assert (code, line.startswith("error: ")) == (3, True)
@@ -85,6 +95,7 @@ def test_a_missing_input_is_named_before_any_weight_is_opened(d2, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.row(2, 4, 7, 9, 11)
 @pytest.mark.parametrize(
     "make",
     [
@@ -106,6 +117,7 @@ def test_unusable_folders_end_with_3_and_leave_no_run(begin, tmp_path, make):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("size", [(300, 1000), (1000, 300)])
 def test_an_object_at_the_border_of_a_long_picture_ends_in_the_middle(generate, tmp_path, size):
     x, y = (20, 950) if size[1] > size[0] else (950, 20)
@@ -117,6 +129,7 @@ def test_an_object_at_the_border_of_a_long_picture_ends_in_the_middle(generate, 
         assert abs((place.min() + place.max()) / 2 - 31.5) <= 2
 
 
+@pytest.mark.row(13)
 def test_names_with_spaces_unicode_and_newlines_work_and_are_quoted(begin, tmp_path):
     folder = tmp_path / "-a b\nü"
     for i in range(3):
@@ -128,6 +141,7 @@ def test_names_with_spaces_unicode_and_newlines_work_and_are_quoted(begin, tmp_p
     assert r"\n" in line
 
 
+@pytest.mark.row(15, 19, 20, 22, 60)
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -157,10 +171,12 @@ def test_wrong_options_say_what_is_expected(begin, ball, tmp_path, words, code, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(20)
 def test_unknown_flags_are_usage_errors(begin, ball):
     assert begin(ball, "--sed", "3")[0] == 2
 
 
+@pytest.mark.row(23)
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     paths = os.pathsep.join([str(tmp_path), str(Path(app.__file__).parents[2])])
@@ -170,6 +186,7 @@ def test_help_needs_no_torch(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.row(24)
 def test_missing_weights_say_what_from_where_under_which_licence(d2, ball, tmp_path, monkeypatch):
     monkeypatch.delenv("D2_WEIGHTS", raising=False)
     code, line = d2("generate", ball)
@@ -186,6 +203,7 @@ def test_missing_weights_say_what_from_where_under_which_licence(d2, ball, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.row(27)
 def test_swapped_weights_are_refused(begin, ball, tiny, tmp_path):
     swapped = tmp_path / "swapped"
     swapped.mkdir()
@@ -196,12 +214,24 @@ def test_swapped_weights_are_refused(begin, ball, tiny, tmp_path):
     assert "tiny_view" in line
 
 
+@pytest.mark.row(30)
 def test_a_finished_run_is_not_touched(begin, clip, finished):
     before = tree(finished)
     assert begin(clip)[0] == 8
     assert tree(finished) == before
 
 
+@pytest.mark.row(30)
+def test_a_run_whose_replacement_died_between_two_renames_is_back(generate, clip, finished):
+    before = tree(finished)
+    finished.rename(finished.with_name(".run.old"))
+    with pytest.raises(ConflictError, match="is finished"):
+        generate(clip, finished)
+    assert tree(finished) == before
+    assert not finished.with_name(".run.old").exists()
+
+
+@pytest.mark.row(31)
 def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert begin(ball, out=tmp_path / "file")[0] == 3
@@ -209,6 +239,7 @@ def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp
     assert begin(ball, "--references-only", out=tmp_path / "new" / "deep" / "run")[0] == 0
 
 
+@pytest.mark.row(31)
 def test_a_read_only_place_is_refused_before_work(begin, ball, tmp_path, monkeypatch):
     monkeypatch.setattr(fileio, "is_writable", lambda folder: False)
     code, line = begin(ball)
@@ -223,6 +254,7 @@ def test_a_folder_of_someone_else_is_not_touched_not_even_with_overwrite(begin, 
     assert tree(tmp_path / "run") == before
 
 
+@pytest.mark.row(32)
 def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinished):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     owner = {"pid": sleeper.pid, "host": socket.gethostname(), "started": _started(sleeper.pid)}
@@ -234,6 +266,7 @@ def test_a_locked_run_is_refused_and_a_dead_lock_taken_over(begin, ball, unfinis
     assert begin(ball)[0] == 0
 
 
+@pytest.mark.row(45)
 @pytest.mark.parametrize(
     ("words", "text"), [(["--seed", "5"], "seed: 23 -> 5"), (["--set", "steps=5"], "steps: 3 -> 5")]
 )
@@ -244,6 +277,7 @@ def test_another_configuration_does_not_go_on_and_the_first_difference_is_named(
     assert tree(unfinished) == before
 
 
+@pytest.mark.row(45)
 def test_another_input_or_other_weights_do_not_go_on(begin, d2, ball, tiny, unfinished, tmp_path):
     draw_ball(tmp_path / "other.png", 20, 20)
     code, line = begin(tmp_path / "other.png")
@@ -257,6 +291,7 @@ def test_another_input_or_other_weights_do_not_go_on(begin, d2, ball, tiny, unfi
     assert (code, "tiny_view.safetensors_sha256" in line) == (8, True)
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_damaged_state_says_how_to_restart(begin, ball, unfinished, damage):
     path = unfinished / STATE
@@ -271,6 +306,7 @@ def test_a_damaged_state_says_how_to_restart(begin, ball, unfinished, damage):
     assert begin(ball)[0] == 0
 
 
+@pytest.mark.row(21)
 def test_a_run_of_another_version_says_which_d2_is_needed(begin, ball, unfinished):
     manifest = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps(manifest | {"version": 99}))
@@ -278,6 +314,7 @@ def test_a_run_of_another_version_says_which_d2_is_needed(begin, ball, unfinishe
     assert (code, "format 99" in line) == (3, True)
 
 
+@pytest.mark.row(44)
 def test_too_little_disk_is_noticed_before_any_work(begin, ball, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 20, 0, 1 << 17))
@@ -286,6 +323,7 @@ def test_too_little_disk_is_noticed_before_any_work(begin, ball, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.row(50)
 def test_a_nan_names_step_model_and_cell_and_the_state_before_it_is_kept(begin, ball, tmp_path, monkeypatch):
     calls = []
     healthy = UNetDenoiser.__call__
@@ -308,6 +346,7 @@ def test_a_nan_names_step_model_and_cell_and_the_state_before_it_is_kept(begin, 
     assert Run.open(tmp_path / "run").stage("generate") is None
 
 
+@pytest.mark.row(59)
 @pytest.mark.parametrize(
     ("error", "where"),
     [(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "sampling"), (MemoryError(), "drawing")],
@@ -329,9 +368,8 @@ def test_row_59_the_hosts_memory_running_out_ends_with_5_and_the_state_stays(
     assert step == (2 if where == "sampling" else 3)
 
 
+@pytest.mark.row(42)
 def test_a_second_signal_ends_at_once_with_valid_files(tiny, clip, tmp_path):
-    import time
-
     folder = tmp_path / "run"
     words = ["generate", str(clip), "--out", str(folder), "--preset", str(tiny / "preset.yaml"), "--weights", str(tiny)]
     code = "import torch; torch.set_num_threads(1); from d2.cli.app import main; main()"

@@ -35,35 +35,41 @@ def edit(tiny_dataset):
 # -- where the input is ------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(1)
 @pytest.mark.parametrize("name", ["absent", "line\nbreak", "-leading", "with space", "a" * 300, "ünï"])
 def test_row_1_a_path_that_does_not_exist_is_named_and_nothing_is_created(tmp_path, name):
     expect_fault(lambda: tiny_reconstruct(tmp_path / name, tmp_path / "out"), 3, "does not exist")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.row(2)
 def test_row_2_a_folder_without_cameras_says_what_it_lacks(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     expect_fault(lambda: tiny_reconstruct(tmp_path, tmp_path / "out"), 3, "transforms.json", folder=tmp_path)
 
 
+@pytest.mark.row(4)
 @pytest.mark.parametrize("content", [b"", b"just text", b"<html></html>"])
 def test_row_4_a_file_that_is_no_image_is_named(tiny_dataset, tmp_path, content):
     (tiny_dataset / "train" / "v01_f002.png").write_bytes(content)
     expect_fault(lambda: tiny_reconstruct(tiny_dataset, tmp_path / "o"), 3, "v01_f002.png", folder=tiny_dataset)
 
 
+@pytest.mark.row(7)
 def test_row_7_images_without_any_foreground_are_refused(tiny_dataset, tmp_path):
     for path in (tiny_dataset / "train").iterdir():
         images.write_png(path, np.zeros((32, 32, 4), np.uint8))
     expect_fault(lambda: tiny_reconstruct(tiny_dataset, tmp_path / "o"), 3, "no foreground", folder=tiny_dataset)
 
 
+@pytest.mark.row(9)
 def test_row_9_the_first_image_of_another_size_is_named(tiny_dataset, tmp_path):
     for name in ("v02_f001.png", "v03_f001.png"):
         images.write_png(tiny_dataset / "train" / name, np.full((16, 16, 4), 255, np.uint8))
     expect_fault(lambda: tiny_reconstruct(tiny_dataset, tmp_path / "o"), 3, "frame 9", "v02_f001.png")
 
 
+@pytest.mark.row(12)
 def test_row_12_a_fifo_a_folder_and_a_loop_in_place_of_images_never_block(edit, tmp_path):
     folder = edit(lambda meta: meta["frames"][0].update(file_path="train/odd.png"))
     odd = folder / "train" / "odd.png"
@@ -73,6 +79,7 @@ def test_row_12_a_fifo_a_folder_and_a_loop_in_place_of_images_never_block(edit, 
         fileio.remove(odd)
 
 
+@pytest.mark.row(13)
 @pytest.mark.parametrize("name", ["with space.png", "ünï çødé.png", "line\nbreak.png", "-leading.png", "%s{0}.png"])
 def test_row_13_any_file_name_is_fine(edit, tmp_path, name):
     folder = edit(lambda meta: meta["frames"][0].update(file_path=f"train/{name}"))
@@ -86,6 +93,7 @@ def test_row_13_any_file_name_is_fine(edit, tmp_path, name):
 # -- settings ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(15, 17, 19, 22)
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
@@ -102,6 +110,7 @@ def test_rows_15_to_22_settings_out_of_their_range_stop_before_anything_is_creat
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.row(17)
 def test_row_17_a_preset_file_runs_no_code(tiny_dataset, tmp_path):
     (tmp_path / "p.yaml").write_text(f"!!python/object/apply:os.system ['touch {tmp_path}/pwned']")
     expect_fault(lambda: tiny_reconstruct(tiny_dataset, tmp_path / "o", preset=str(tmp_path / "p.yaml")), 3, "p.yaml")
@@ -113,6 +122,7 @@ def test_a_name_that_is_no_plain_file_name_is_refused(tiny_dataset, tmp_path, na
     expect_fault(lambda: tiny_reconstruct(tiny_dataset, tmp_path / "o", name=name), 3, "plain file name")
 
 
+@pytest.mark.row(60)
 @pytest.mark.parametrize(("device", "code"), [("cuda:99", 4), ("meta", 3), ("gpu", 3), ("", 3), ("cpu:x", 3)])
 def test_row_60_a_device_that_is_not_there_is_named(tiny_dataset, tmp_path, device, code):
     expect_fault(lambda: pipeline.reconstruct(tiny_dataset, tmp_path / "o", device=device), code, "--device")
@@ -152,6 +162,7 @@ BAD_FRAMES = {
 }
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("fault", BAD_FRAMES)
 def test_row_37_a_bad_frame_is_named_with_its_index_and_reason(edit, tmp_path, fault):
     change, reason = BAD_FRAMES[fault]
@@ -160,17 +171,20 @@ def test_row_37_a_bad_frame_is_named_with_its_index_and_reason(edit, tmp_path, f
     expect_fault(lambda: tiny_reconstruct(folder, tmp_path / "o"), 3, where, reason, folder=folder)
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("frames", [[], {}, None, 3, ["a"], [None]])
 def test_row_37_a_file_without_frames_is_refused(edit, tmp_path, frames):
     folder = edit(lambda meta: meta.update(frames=frames))
     expect_fault(lambda: tiny_reconstruct(folder, tmp_path / "o"), 3, "list of frames")
 
 
+@pytest.mark.row(37)
 def test_row_37_one_frame_or_one_pose_is_too_little(edit, tmp_path):
     folder = edit(lambda meta: meta.update(frames=meta["frames"][:1]))
     expect_fault(lambda: tiny_reconstruct(folder, tmp_path / "o"), 3, "one camera pose")
 
 
+@pytest.mark.row(37)
 def test_row_37_without_times_the_scene_is_static_and_3x4_poses_are_read(edit):
     def change(meta):
         for entry in meta["frames"]:
@@ -181,12 +195,14 @@ def test_row_37_without_times_the_scene_is_static_and_3x4_poses_are_read(edit):
     assert data.frames == 1 and len(data.views.unique()) == 6
 
 
+@pytest.mark.row(37)
 def test_row_37_an_angle_of_view_out_of_range_is_refused(edit, tmp_path):
     for angle in (0, -1, 4, 5e-324, "1"):
         folder = edit(lambda meta, angle=angle: meta.update(camera_angle_x=angle))
         expect_fault(lambda: tiny_reconstruct(folder, tmp_path / "o"), 3, "camera_angle_x")  # noqa: B023
 
 
+@pytest.mark.row(38)
 def test_row_38_a_blender_dataset_without_suffixes_gives_the_same_data(tiny_dataset, edit):
     before = dataset.load(tiny_dataset)
 
@@ -197,6 +213,7 @@ def test_row_38_a_blender_dataset_without_suffixes_gives_the_same_data(tiny_data
     assert dataset.load(edit(blender)).digest() == before.digest()
 
 
+@pytest.mark.row(38)
 def test_row_38_rgb_images_with_masks_are_read_like_rgba(tiny_dataset, edit):
     before = dataset.load(tiny_dataset)
 
@@ -212,6 +229,7 @@ def test_row_38_rgb_images_with_masks_are_read_like_rgba(tiny_dataset, edit):
     assert data.has_alpha and data.digest() == before.digest()
 
 
+@pytest.mark.row(37)
 def test_300_mutations_of_transforms_only_ever_give_an_input_error(tiny_dataset):
     file = tiny_dataset / "transforms_train.json"
     meta = json.loads(file.read_text())

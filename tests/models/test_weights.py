@@ -83,6 +83,7 @@ def test_a_full_size_float_file_has_the_official_length(tmp_path, sparse):
         assert 0 < sparse(tmp_path / spec.filename, spec, "F32").stat().st_size - tensor_bytes[spec.name] < 1 << 20
 
 
+@pytest.mark.row(27)
 def test_swapped_models_are_named(tmp_path, sparse):
     file = sparse(tmp_path / "svd_xt.safetensors", SV3D, "BF16")
     with pytest.raises(SetupError, match="is sv3d_p, not svd_xt"):
@@ -109,6 +110,7 @@ def test_a_file_in_its_own_precision_loads_bit_by_bit(path, spec):
         assert torch.equal(value, tensors[PREFIX["conditioner"] + name])
 
 
+@pytest.mark.row(27)
 def test_one_missing_tensor_is_refused_and_named(path, spec):
     for name in ("model.diffusion_model.out.2.bias", *list(leftovers(spec))[:2]):
         tensors = tensors_of(spec)
@@ -122,18 +124,21 @@ def test_leftovers_may_be_absent_together(path, spec):
     load(path, spec, "conditioner")
 
 
+@pytest.mark.row(27)
 def test_extra_tensors_are_refused_the_first_three_named(path, spec):
     extra = {f"extra.{i}": torch.zeros(1) for i in range(5)}
     write_tensors(path, tensors_of(spec) | extra)
     assert "5 tensors not part of it: extra.0, extra.1, extra.2, ..." in refusal(path, spec)
 
 
+@pytest.mark.row(27)
 def test_a_wrong_shape_is_refused_with_both_shapes(path, spec):
     name = "model.diffusion_model.out.2.bias"
     write_tensors(path, tensors_of(spec) | {name: torch.zeros(5)})
     assert f"{name} (expected [4], got [5])" in refusal(path, spec)
 
 
+@pytest.mark.row(27)
 def test_whole_numbers_are_refused_and_named(path, spec):
     name = "model.diffusion_model.out.2.bias"
     write_tensors(path, tensors_of(spec) | {name: torch.zeros(4, dtype=torch.int8)})
@@ -142,6 +147,7 @@ def test_whole_numbers_are_refused_and_named(path, spec):
     assert "I8" in message
 
 
+@pytest.mark.row(29)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_is_refused_and_its_tensor_named(path, spec, value):
     name = "model.diffusion_model.out.2.bias"
@@ -160,6 +166,7 @@ def test_a_value_too_large_for_the_wanted_precision_is_refused(path, spec):
         load(path, spec, "unet", torch.float16)
 
 
+@pytest.mark.row(26)
 def test_truncated_and_lengthened_files_are_refused(path, spec):
     write_tensors(path, tensors_of(spec))
     data = path.read_bytes()
@@ -177,6 +184,7 @@ def pickled() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.row(26)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -198,6 +206,7 @@ def test_what_is_no_checkpoint_is_recognised(path, spec, content, words):
     assert words in refusal(path, spec)
 
 
+@pytest.mark.row(26)
 def test_nonsense_in_the_header_is_refused_before_anything_is_allocated(path, spec):
     name = "model.diffusion_model.out.2.bias"
     changes = [
@@ -246,6 +255,7 @@ for path in sorted(Path(sys.argv[1]).glob("bad*")):
 """
 
 
+@pytest.mark.row(26)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_bad_headers_cost_little_and_loading_needs_the_model_and_one_tensor(tmp_path, sparse):
     def write(name, text):
@@ -294,6 +304,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, spec):
     assert "not a file" in refusal(tmp_path, spec)
 
 
+@pytest.mark.row(24)
 def test_missing_weights_say_which_file_from_where_and_how(tmp_path, monkeypatch):
     with pytest.raises(SetupError) as caught:
         find(SVD, tmp_path)

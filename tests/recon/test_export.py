@@ -146,6 +146,7 @@ def test_gaussians_in_memory_need_a_folder_to_go_to(gaussians, tmp_path):
         export(gaussians.map(lambda tensor: tensor[:0]), ["mp4"], tmp_path)
 
 
+@pytest.mark.row(67)
 def test_existing_outputs_are_a_conflict_and_stay_until_replaced(recon):
     folder = recon / "export"
     export(recon, ["ply", "contact"])
@@ -159,6 +160,7 @@ def test_existing_outputs_are_a_conflict_and_stay_until_replaced(recon):
     assert "ply/fox_0003.ply" not in contents(folder) and contents(folder)["contact.png"] != before["contact.png"]
 
 
+@pytest.mark.row(67)
 def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
     export(recon, size=32)
     before = contents(recon)
@@ -174,6 +176,7 @@ def test_a_failure_with_overwrite_keeps_the_old_outputs(recon, monkeypatch):
     assert contents(recon) == before
 
 
+@pytest.mark.row(67)
 def test_wrong_requests_are_refused_before_anything_is_written(recon, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "contact.png").mkdir(parents=True)

@@ -261,6 +261,7 @@ def test_wrong_wishes_are_refused_before_anything_is_drawn(made, tmp_path, monke
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "bad.json", "clip.mp4"}
 
 
+@pytest.mark.row(60)
 def test_row_60_what_the_machine_lacks_is_named(made, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(SetupError, match=r"--device cuda: torch .* sees no such GPU"):

@@ -162,12 +162,14 @@ def test_large_images_begin_at_half_resolution(ball, monkeypatch):
     assert widths == [SIZE // 2] * 4 + [SIZE] * 6
 
 
+@pytest.mark.row(53)
 def test_pruning_everything_is_a_numerical_error(ball):
     config = load(ReconstructConfig, TINY | {"prune_opacity": 0.99, "grow_from": 0.0})
     with pytest.raises(NumericalError, match="every Gaussian was pruned"):
         train.fit(train.start(ball, config, "cpu"), ball, config)
 
 
+@pytest.mark.row(51)
 def test_a_learning_rate_that_diverges_stops_with_its_name_and_keeps_the_log_valid(run_folder, tmp_path):
     with pytest.raises(NumericalError, match="not finite"):
         fit(run_folder, tmp_path / "out", sets=("lr_scales=1e30",))
@@ -216,6 +218,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run_folder, tmp_path)
     assert fit(run_folder, tmp_path / "cut").model.read_bytes() == whole.model.read_bytes()
 
 
+@pytest.mark.row(47)
 def test_two_checkpoints_are_kept_and_the_newest_is_by_step(run_folder, tmp_path):
     fit(run_folder, tmp_path / "out")
     names = [p.name for p in checkpoint.checkpoints(tmp_path / "out/recon/main/ckpt")]

@@ -123,6 +123,7 @@ def test_without_cuda_gsplat_is_never_imported(monkeypatch):
         adapter.rasterization()
 
 
+@pytest.mark.row(60)
 def test_a_gsplat_that_does_not_build_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "gsplat", None)

@@ -77,6 +77,7 @@ ROW = [1.0, 2.0, 3.0, 0.1, 0.2, 0.3, 0.0, -1.0, -2.0, -3.0, 1.0, 0.0, 0.0, 0.0]
 # -- writing ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(65)
 def test_two_hundred_random_sets_come_back_within_the_stated_bounds(tmp_path):
     for seed in range(200):
         gaussians = random_set(seed)
@@ -130,6 +131,7 @@ def test_padding_to_degree_three_adds_zeros_in_the_right_places(tmp_path):
     torch.testing.assert_close(back.sh[:, :4], gaussians.sh, atol=1e-5, rtol=0)
 
 
+@pytest.mark.row(64)
 def test_extreme_values_are_clamped_and_never_written_as_infinity():
     base = moving_set(4).at(0.5)
     gaussians = Gaussians3D(
@@ -145,6 +147,7 @@ def test_extreme_values_are_clamped_and_never_written_as_infinity():
     np.testing.assert_allclose(np.linalg.norm(table[:, 13:17], axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.row(64)
 @pytest.mark.parametrize("field", ["means", "quats", "scales", "opacities", "sh"])
 def test_nan_is_refused_with_the_number_of_gaussians_and_the_column(field):
     tensors = dict(vars(moving_set().at(0.5)))
@@ -154,6 +157,7 @@ def test_nan_is_refused_with_the_number_of_gaussians_and_the_column(field):
         ply.encode(Gaussians3D(**tensors))
 
 
+@pytest.mark.row(53)
 def test_pruning_leaves_out_the_faint_and_says_when_nothing_is_left(tmp_path):
     gaussians = moving_set(50).at(0.5)
     ply.write(gaussians, tmp_path / "a.ply", ply.Layout(prune_opacity=0.3))
@@ -243,6 +247,7 @@ def test_a_sequence_refuses_names_times_and_rates_out_of_range(tmp_path, name, t
 # -- reading ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row(63)
 def test_ascii_big_endian_doubles_and_extra_properties_load(tmp_path):
     path = tmp_path / "a.ply"
     path.write_bytes(text_ply([ROW, ROW], NAMES))
@@ -261,6 +266,7 @@ def test_ascii_big_endian_doubles_and_extra_properties_load(tmp_path):
     assert_same(ply.read(path, "world"), expected)
 
 
+@pytest.mark.row(63)
 def test_trailing_bytes_and_other_elements_do_no_harm(tmp_path):
     gaussians, path = moving_set().at(0.5), tmp_path / "a.ply"
     data = ply.encode(gaussians)
@@ -271,6 +277,7 @@ def test_trailing_bytes_and_other_elements_do_no_harm(tmp_path):
     assert_same(ply.read(path), gaussians)
 
 
+@pytest.mark.row(64)
 def test_rows_with_nan_infinity_or_no_rotation_are_dropped_and_counted(tmp_path):
     bad = [[*ROW[:k], value, *ROW[k + 1 :]] for k, value in ((0, math.nan), (6, math.inf), (7, -math.inf))]
     path = tmp_path / "a.ply"
@@ -333,6 +340,7 @@ def wrong_files() -> dict[str, tuple[bytes, str]]:
     }  # fmt: skip
 
 
+@pytest.mark.row(63)
 @pytest.mark.parametrize("fault", list(wrong_files()))
 def test_a_wrong_file_is_refused_in_one_line_before_memory_is_taken(tmp_path, fault):
     data, message = wrong_files()[fault]
@@ -357,44 +365,3 @@ def test_what_is_no_readable_file_is_refused_without_waiting(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             ply.read(tmp_path / name)
-
-
-def test_six_hundred_damaged_files_raise_nothing_but_input_errors(tmp_path):
-    rng = np.random.default_rng(0)
-    big = text_ply([], NAMES, "binary_big_endian").replace(b"vertex 0", b"vertex 2")
-    big += np.array([ROW, ROW], ">f4").tobytes()
-    seeds = [ply.encode(moving_set(3, 1).at(0.5)), text_ply([ROW, ROW], NAMES), big]
-    words = [
-        b"list ",
-        b"-",
-        b"9999999",
-        b"nan",
-        b"\r",
-        b"\n",
-        b"element ",
-        b"property float x\n",
-        b"\0",
-        b"double",
-    ]
-    refused, path = 0, tmp_path / "a.ply"
-    for index in range(600):
-        data = bytearray(seeds[index % 3])
-        for _ in range(rng.integers(1, 4)):
-            at = int(rng.integers(len(data) if rng.random() < 0.4 else min(len(data), 420)))
-            match rng.integers(4):
-                case 0:
-                    data[at] = int(rng.integers(256))
-                case 1:
-                    data[at : at + int(rng.integers(1, 30))] = b""
-                case 2:
-                    data[at:at] = words[rng.integers(len(words))]
-                case 3:
-                    del data[max(at, 1) :]
-        path.write_bytes(data)
-        try:
-            gaussians = ply.read(path, warn=lambda text: None)
-        except InputError:
-            refused += 1
-        else:
-            assert all(torch.isfinite(tensor).all() for tensor in vars(gaussians).values())
-    assert 200 < refused < 600

@@ -173,6 +173,7 @@ def test_polynomial_exponential_is_good_to_single_precision():
     assert np.abs(ours / np.exp(-s[::50]) - 1).max() < 4e-6
 
 
+@pytest.mark.row(54)
 def test_nothing_visible_gives_an_empty_picture_and_zero_gradients():
     scene = gaussians(5, dtype=torch.float32)
     scene["means"] = (scene["means"] + torch.tensor([0, 0, -50.0])).requires_grad_()
@@ -185,6 +186,7 @@ def test_nothing_visible_gives_an_empty_picture_and_zero_gradients():
 POISON = [0.0, -0.0, 1e-38, 1e-45, 1e30, 3e38, -1e30]
 
 
+@pytest.mark.row(54)
 @pytest.mark.parametrize("name", ["means", "quats", "scales", "opacities", "colors"])
 @pytest.mark.parametrize("value", POISON)
 def test_extreme_values_leave_a_finite_picture_and_finite_gradients(name, value):
@@ -201,6 +203,7 @@ def test_extreme_values_leave_a_finite_picture_and_finite_gradients(name, value)
         assert torch.isfinite(scene[name].grad).all()
 
 
+@pytest.mark.row(54)
 @pytest.mark.parametrize("name", ["means", "quats", "scales", "opacities", "colors"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_are_refused_with_name_and_index(name, value):

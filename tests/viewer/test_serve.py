@@ -93,6 +93,7 @@ def test_addresses_of_the_list_are_answered_and_no_others(made):
             assert ask(server, "/", method)[0] == 405, method
 
 
+@pytest.mark.row(69)
 def test_row_69_listens_on_this_machine_only_and_to_its_own_name_only(made):
     with served(made) as server:
         assert server.server_address[0] == "127.0.0.1"
@@ -110,6 +111,7 @@ def test_row_69_listens_on_this_machine_only_and_to_its_own_name_only(made):
             assert ask(server, "/status.json", Host=host)[0] == 200, host
 
 
+@pytest.mark.row(70)
 def test_row_70_junk_and_silent_clients_keep_nobody_else_from_the_page(made):
     with served(made) as server:
         address = ("127.0.0.1", server.server_port)
@@ -125,6 +127,7 @@ def test_row_70_junk_and_silent_clients_keep_nobody_else_from_the_page(made):
             client.close()
 
 
+@pytest.mark.row(70)
 def test_a_taken_port_is_told_and_by_default_the_next_is_used(made):
     with served(made) as server, pytest.raises(ResourceError, match=f"port {server.server_port} is taken"):
         serve.open_server({}, server.server_port)
@@ -179,6 +182,7 @@ def test_what_is_found_and_what_is_not(begun, made, tmp_path):
         live.find(tmp_path)
 
 
+@pytest.mark.row(71)
 def test_row_71_ctrl_c_ends_it_within_two_seconds_and_frees_the_port(made, tmp_path):
     command = [sys.executable, "-m", "d2.cli.app", "view", str(made), "--serve", "--no-open", "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, env=cli_environment(), stdout=subprocess.PIPE, text=True) as process:

@@ -30,23 +30,32 @@ export function bytesOf(text) {
 
 /** @param {Uint8Array} bytes @returns {Promise<Asset>} */
 export async function decodeAsset(bytes) {
-  if (new TextDecoder().decode(bytes.subarray(0, 4)) !== 'D2V1') throw new Error('this is no d2 viewer asset');
-  const length = new DataView(bytes.buffer, bytes.byteOffset).getUint32(4, true);
-  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, 8 + length)));
-  const planes = await unzipped(bytes.subarray(8 + length));
-  if (planes.length !== header.count * header.words * 4) throw new Error('the asset is incomplete');
-  const stride = Math.ceil(header.words / 4) * 4;
-  const rows = Math.ceil((header.count * stride) / 4 / TEXTURE_WIDTH);
-  const records = new Uint8Array(TEXTURE_WIDTH * rows * 16);
-  for (let plane = 0; plane < header.words * 4; plane++) {
-    const start = plane * header.count;
-    for (let i = 0; i < header.count; i++) records[i * stride * 4 + plane] = planes[start + i];
+  try {
+    return await decoded(bytes);
+  } catch {
+    throw new Error('no d2 viewer asset, or a damaged one');
   }
-  return { header, data: new Uint32Array(records.buffer), stride, rows };
 }
 
-/** @param {Uint8Array} bytes @returns {Promise<Uint8Array>} */
-async function unzipped(bytes) {
-  const stream = new Blob([/** @type {BlobPart} */ (bytes)]).stream().pipeThrough(new DecompressionStream('gzip'));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+/** @param {Uint8Array} bytes @returns {Promise<Asset>} */
+async function decoded(bytes) {
+  const text = new TextDecoder(), length = new DataView(bytes.buffer, bytes.byteOffset).getUint32(4, true);
+  const header = JSON.parse(text.decode(bytes.subarray(8, 8 + length)));
+  const { count, words, sh, box, time, scale, color } = header, size = count * words * 4;
+  const numbers = [box, time, scale, color], zipped = bytes.subarray(8 + length);
+  if (text.decode(bytes.subarray(0, 4)) !== 'D2V1' || `${numbers.map((part) => part.length)}` !== '6,2,2,2'
+    || ![sh, ...numbers.flat()].every(Number.isFinite) || ![7, 10].includes(words) || count < 1 || count % 1
+    || size > 1032 * zipped.length) throw 0; // gzip's limit
+  const stream = new Blob([/** @type {BlobPart} */ (zipped)]).stream().pipeThrough(new DecompressionStream('gzip'));
+  const reader = stream.getReader(), planes = new Uint8Array(size);
+  let at = 0;
+  for (let part; !(part = await reader.read()).done; at += part.value.length) planes.set(part.value, at);
+  if (at !== size) throw 0;
+  const stride = Math.ceil(words / 4) * 4, rows = Math.ceil((count * stride) / 4 / TEXTURE_WIDTH);
+  const records = new Uint8Array(TEXTURE_WIDTH * rows * 16);
+  for (let plane = 0; plane < words * 4; plane++) {
+    const start = plane * count;
+    for (let i = 0; i < count; i++) records[i * stride * 4 + plane] = planes[start + i];
+  }
+  return { header, data: new Uint32Array(records.buffer), stride, rows };
 }

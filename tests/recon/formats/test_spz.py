@@ -1,11 +1,9 @@
 """SPZ: what survives, what another program reads, what is refused."""
 
-import contextlib
 import gzip
 import struct
 import tracemalloc
 
-import numpy as np
 import pytest
 import torch
 from sets import assert_near, ordinary_set, through_splat_transform
@@ -18,6 +16,7 @@ from d2.recon.gaussians import Gaussians3D
 BOUNDS = {"mean": 1.3e-4, "log_scale": 0.0316, "opacity": 0.002, "dc": 0.0132, "rest": 0.004, "turn": 2e-5}
 
 
+@pytest.mark.row(65)
 def test_200_random_sets_come_back_within_the_bounds_of_the_format(tmp_path):
     for seed in range(200):
         gaussians = ordinary_set(seed)
@@ -73,6 +72,7 @@ def with_header(**changes: int) -> bytes:
     return gzip.compress(struct.pack("<IIIBBBB", *fields.values()) + bytes(100))
 
 
+@pytest.mark.row(66)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -89,6 +89,7 @@ def test_what_is_no_spz_is_refused(tmp_path, data, message):
         spz.read(tmp_path / "a.spz")
 
 
+@pytest.mark.row(66)
 def test_a_bomb_takes_no_more_memory_than_its_header_says(tmp_path):
     head = struct.pack("<IIIBBBB", spz.MAGIC, 3, 5, 0, 12, 0, 0)
     (tmp_path / "a.spz").write_bytes(gzip.compress(head + bytes(64 << 20)))
@@ -98,20 +99,7 @@ def test_a_bomb_takes_no_more_memory_than_its_header_says(tmp_path):
     tracemalloc.stop()
 
 
-def test_mutations_give_input_errors_and_nothing_else(tmp_path):
-    good = spz.encode(ordinary_set(6))
-    raw = gzip.decompress(good)
-    rng, path = np.random.default_rng(0), tmp_path / "a.spz"
-    for k in range(400):
-        data = bytearray(good if k % 2 else raw)
-        for _ in range(int(rng.integers(1, 4))):
-            data[int(rng.integers(len(data)))] = int(rng.integers(256))
-        data = data[: int(rng.integers(1, len(data) + 1))] if k % 3 == 0 else data
-        path.write_bytes(bytes(data) if k % 2 else gzip.compress(bytes(data), 1))
-        with contextlib.suppress(InputError):
-            spz.read(path)
-
-
+@pytest.mark.row(64)
 def test_nan_is_refused():
     g = ordinary_set(7, 4)
     with pytest.raises(NumericalError, match="4 of 4"):
