@@ -40,7 +40,7 @@ from stages import STAGES, Stage
 from d2 import fileio, machine
 from d2.cli.stop import StopFlag
 from d2.errors import D2Error
-from d2.generation import CONFIG
+from d2.origin import CONFIG
 from d2.recon.formats import ply, splat, spz
 from d2.run import LEFTOVER, LOCK, Run
 

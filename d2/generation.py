@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import time
@@ -13,30 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from d2 import __version__, asset, budget, cells, fileio, images, inputs, launch, preprocess
+from d2 import asset, budget, cells, fileio, images, inputs, launch, origin, preprocess
 from d2 import config as configuration
 from d2.asset import Asset
 from d2.denoiser import OwnDenoiser
 from d2.errors import ConflictError, InputError
-from d2.inputs import Clip
 from d2.matrix import cell_path
 from d2.models.conditioner import Conditioning
-from d2.pair import Model, Pair, check_size, model_angles
+from d2.origin import CONFIG, Source
+from d2.pair import Model, check_size, model_angles
 from d2.phases import INPUT, KEPT, REFERENCE_VIDEO, REFERENCE_VIEWS, Job, Observer
 from d2.run import MANIFEST, Run, is_run
 from d2.sampler import anchor, plan
 from d2.settings import TRAINED, GenerateConfig
 
-CONFIG = "generate/config.yaml"
 STAGE = "generate"
 DEFAULT_FPS = 24.0
 BYTES_A_PIXEL = 4  # of a cell as PNG, at worst
 SHAPE = ("views", "frames", "size", "elevation_deg", "elevations_deg", "radius", "fov_deg", "clockwise")
-FREE_FOR_COMPARISON = ("d2", "torch", "input", "fps", "rank_timeout")  # recorded; others may go on with the run
 
 
 # x [B, T, C, h, w], sigma [B], what B sequences are conditioned on -> the clean estimate, like x
@@ -52,16 +48,6 @@ class Generation:
     frames: int
     seconds: float
     finished: bool  # False after `references_only`
-
-
-@dataclass(frozen=True)
-class Source:
-    """The input of a run, decoded."""
-
-    clip: Clip
-    views: Clip | None  # given reference views, instead of sampled ones
-    remove_background: bool
-    placed: bool = False  # whether the pictures are those of the cameras already: an asset's
 
 
 def generate(
@@ -118,10 +104,10 @@ def generate(
     pair = launch.load(settings, weights, device, own)
     fileio.require_space(home, _space(settings))
     observer.message("Taking the checksums of the models")
-    identity = _identity(settings, source, given, pair) | _redo_identity(home, redo)
+    identity = origin.identity(settings, source, given, pair) | _redo_identity(home, redo)
     done = Generation(home, settings.views, settings.frames, 0.0, True)
     with launch.gathered(pair, settings, processes) as pair:
-        if keep_finished and _is_finished(home) and not _difference(home, identity):
+        if keep_finished and _is_finished(home) and not origin.difference(home, identity):
             return done
         target = _target(home, identity, overwrite or again is not None)
         pictures = {}
@@ -135,10 +121,10 @@ def generate(
             if pictures:
                 _write_inputs(run.folder, pictures, identity)
             fitted = budget.fitted(settings, pair.device)
-            job = Job(run, fitted, pair, _digest(_compared(identity)), observer, should_stop, command, again)
+            job = Job(run, fitted, pair, origin.digest(identity), observer, should_stop, command, again)
             job.references()
             if not references_only:
-                job.draw(job.matrix(), _record(identity, settings, given, pair))
+                job.draw(job.matrix(), origin.record(identity, settings, given, pair))
     if references_only:
         return replace(done, folder=target, seconds=time.monotonic() - begin, finished=False)
     if target != home:
@@ -229,14 +215,14 @@ def _target(home: Path, identity: dict[str, Any], overwrite: bool) -> Path:
     run = Run.open(home)
     if overwrite:
         beside = home.with_name(f".{home.name}.new")
-        if beside.exists() and (not is_run(beside) or _is_finished(beside) or _difference(beside, identity)):
+        if beside.exists() and (not is_run(beside) or _is_finished(beside) or origin.difference(beside, identity)):
             fileio.remove(beside)  # left by an interrupted --overwrite of another kind
         return beside
     if run.stage(STAGE) is not None:
         raise ConflictError(f"{fileio.quoted(home)} is finished; choose another --out or pass --overwrite")
     if run.manifest["stages"]:
         raise ConflictError(f"{fileio.quoted(home)} holds other work; choose another --out")
-    difference = _difference(home, identity)
+    difference = origin.difference(home, identity)
     if difference:
         raise ConflictError(
             f"{fileio.quoted(home)} holds an unfinished run with another configuration ({difference}); "
@@ -317,60 +303,6 @@ def _write_inputs(folder: Path, pictures: dict[str, Image.Image | np.ndarray], i
     for path, picture in pictures.items():
         images.write_png(folder / path, np.asarray(picture))
     fileio.write_yaml(folder / CONFIG, identity)
-
-
-def _identity(settings: GenerateConfig, source: Path, given: Source, pair: Pair) -> dict[str, Any]:
-    """Everything that decides the result, as plain data."""
-    record = configuration.resolved(settings) | {
-        "input": source.resolve().name,
-        "input_sha256": given.clip.digest,
-        "views_sha256": given.views.digest if given.views else None,
-        "remove_background": given.remove_background,
-        "d2": __version__,
-        "torch": str(torch.__version__),
-    }
-    record |= {f"{name}_sha256": digest for name, digest in pair.digests().items()}
-    record |= {f"{model}_denoiser": denoiser.name for model, denoiser in pair.denoisers.items()}
-    return json.loads(json.dumps(record))  # lists for tuples, as the file will give them back
-
-
-def _record(identity: dict[str, Any], settings: GenerateConfig, given: Source, pair: Pair) -> dict[str, Any]:
-    """What the manifest says about the stage."""
-    models = {
-        spec.filename: {
-            "sha256": identity[f"{spec.filename}_sha256"], "source": spec.repository, "licence": spec.licence
-        }
-        for spec in (pair.specs[model] for model in pair.paths)
-    } | {own.name: {"source": f"given as {model}_denoiser"} for model, own in pair.denoisers.items()}  # fmt: skip
-    return {
-        "seed": settings.seed,
-        "size": settings.size,
-        "input": {"name": identity["input"], "sha256": given.clip.digest, "frames": list(given.clip.names)},
-        "pick": settings.pick,
-        "anchor_frame": settings.anchor_frame,
-        "models": models,
-        "config": _digest(_compared(identity)),
-        "torch": identity["torch"],
-    } | ({"cells": identity["cells"]} if "cells" in identity else {})
-
-
-def _difference(folder: Path, identity: dict[str, Any]) -> str | None:
-    """The first field in which a run's stored configuration differs, if one is stored."""
-    path = folder / CONFIG
-    if not path.exists():
-        return None
-    old = fileio.read_yaml(path)
-    if not isinstance(old, dict):
-        raise InputError(f"{fileio.quoted(path)} is not a configuration; pass --overwrite to start anew")
-    return configuration.first_difference(_compared(old), _compared(identity))
-
-
-def _compared(identity: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key not in FREE_FOR_COMPARISON}
-
-
-def _digest(identity: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _is_finished(folder: Path) -> bool:

@@ -26,7 +26,7 @@ LAYERS = [
     ["sampler"],
     ["toybox"],
     ["cells", "settings", "snapshot", "ranks", "adapters"],
-    ["phases", "sequences", "launch"],
+    ["phases", "sequences", "launch", "origin"],
     ["publish", "budget"],
     ["generation", "train"],
     ["sweep"],
