@@ -32,8 +32,8 @@ def main(datasets: list[Path], size: int = 128, out: Path = RESULTS) -> None:
     for folder in datasets:
         true = dataset.load(folder, "train", size)
         for kind in KINDS:
-            name = f"{folder.name} {kind}"
-            if name in record["rows"]:
+            rows = record["rows"].setdefault(folder.name, {})
+            if kind in rows:
                 continue
             believed = true if kind == "clean" else perturb(true, kind)
             begin = time.process_time()
@@ -41,13 +41,13 @@ def main(datasets: list[Path], size: int = 128, out: Path = RESULTS) -> None:
                 refined, found = rig.refine(believed, settings, 0)
             focal = float(refined.Ks[0, 0, 0] / true.Ks[0, 0, 0])
             rise = math.degrees(found.elevation) + (5 if kind == "elevation" else 0)
-            record["rows"][name] = found.as_dict() | {
+            rows[kind] = found.as_dict() | {
                 "mirror_right": found.mirrored == (kind == "mirror"),
                 "focal_error_percent": round(100 * (focal - 1), 2),
                 "elevation_error_deg": round(rise, 3),
                 "cpu_seconds": round(time.process_time() - begin, 1),
             }
-            print(name, record["rows"][name], flush=True)
+            print(folder.name, kind, rows[kind], flush=True)
             record |= {"size": size, "machine": machine.describe()}
             fileio.write_json(out, record)
 

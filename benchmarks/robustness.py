@@ -4,7 +4,7 @@
 
 Each DATASET holds transforms_train.json and transforms_test.json (clean).  Its training pictures are perturbed, one
 kind at a time (benchmarks/perturb.py), and fitted with the same number of steps: `plain` with disagreement=false,
-`robust` with disagreement=true, what d2 reconstruct does with pictures that a model made, and every other mode with
+`robust` with what the preset quality does with pictures that a model made, and every other mode with
 one tool alone.  PSNR and SSIM are those of the test views; flicker is that of two of the training cameras over all
 moments, clean.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
 """
@@ -29,18 +29,18 @@ RESULTS = Path(__file__).parent / "results" / "robustness.json"
 PLAIN = "disagreement=false"
 MODES = {
     "plain": (PLAIN,),
-    "robust": ("disagreement=true", "refine_rig=true"),
+    "robust": ("disagreement=true", "refine_rig=true", "correct_poses=true", "correct_times=true"),
     "poses": (PLAIN, "correct_poses=true"),
     "times": (PLAIN, "correct_times=true"),
     "colors": (PLAIN, "correct_colors=true"),
     "blurs": (PLAIN, "correct_blurs=true"),
     "rig": (PLAIN, "refine_rig=true"),
-    "min_scale 0.3": (PLAIN, "min_scale=0.3"),
-    "min_scale 0.5": (PLAIN, "min_scale=0.5"),
+    "fat_03": (PLAIN, "min_scale=0.3"),
+    "fat_05": (PLAIN, "min_scale=0.5"),
     "opacity": (PLAIN, "opacity_weight=0.05"),
     "charbonnier": (PLAIN, "charbonnier=0.05"),
     "trim": (PLAIN, "trim=0.02"),
-    "opacity reset": (PLAIN, "opacity_reset_every=400"),
+    "opacity_reset": (PLAIN, "opacity_reset_every=400"),
 }
 WATCHED = 2  # cameras that flicker is measured from
 MEASURED = "psnr", "psnr_foreground", "ssim", "psnr_worst"
@@ -57,7 +57,7 @@ def main(
     record: dict[str, Any] = fileio.read_json(out, fileio.MB) if out.is_file() else {"rows": {}}
     for folder in datasets:
         for kind in kinds.split(","):
-            row = record["rows"].setdefault(f"{folder.name} {kind}", {})
+            row = record["rows"].setdefault(folder.name, {}).setdefault(kind, {})
             for mode in modes.split(","):
                 if mode not in row:
                     row[mode] = measured(folder, kind, mode, steps, size)
@@ -103,11 +103,10 @@ def flicker_of(model: Gaussians4D, clean: dataset.Dataset, settings: Reconstruct
 def gains(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What each mode gains over the plain loss in dB, on clean pictures and on the others, averaged over datasets."""
     found: dict[str, dict[str, list[float]]] = {}
-    for name, row in rows.items():
-        group = "clean" if name.endswith(" clean") else "perturbed"
+    for kind, row in ((kind, row) for kinds in rows.values() for kind, row in kinds.items()):
         for mode in row.keys() - {"plain"}:
             gain = row[mode]["psnr"] - row["plain"]["psnr"]
-            found.setdefault(mode, {}).setdefault(group, []).append(gain)
+            found.setdefault(mode, {}).setdefault("clean" if kind == "clean" else "perturbed", []).append(gain)
     return {
         mode: {group: round(statistics.fmean(values), 3) for group, values in groups.items()}
         for mode, groups in sorted(found.items())
