@@ -4,7 +4,8 @@ Generated pictures disagree; a model fitted to their mean blurs.  Here every pic
 own: a rigid motion of the scene and a shift in time that it is rendered with, an affine colour and a blur that the
 render is mapped by.  Each visit solves for them in closed form: the most probable values given the residual and a
 prior around "nothing", which is ridge regression; for pose and time, one Gauss-Newton step (image alignment, Lucas and
-Kanade 1981).  What all pictures of a moment have in common is the model's own: corrections are read less that mean.
+Kanade 1981).  What all pictures of a moment have in common is the model's own: corrections are read less that mean,
+and less the share of them that the noise of such estimates explains, so that pictures which agree are left alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Corrections:
     """The corrections [n, …] of n training pictures, by kind, as their last visits left them."""
 
     values: dict[str, Tensor]
-    noise: dict[str, Tensor]  # [n, …] variances of those that are aligned, 0 before a picture's first visit
+    noise: dict[str, Tensor]  # [n, …] variances of their errors, 0 before a picture's first visit; none of blurs
     centre: Tensor  # [3] world, that poses turn about
     half_side: float  # world, that poses move in
 

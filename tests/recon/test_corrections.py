@@ -6,7 +6,7 @@ import torch
 from d2.config import load
 from d2.recon import dataset, train
 from d2.recon.config import ReconstructConfig
-from d2.recon.corrections import FIELDS, KINDS, Correction, Corrections, _draw, corrected
+from d2.recon.corrections import FIELDS, KINDS, Correction, Corrections, _draw, corrected, is_due
 from d2.recon.losses import soften, soften_reference
 
 ALL = dict.fromkeys(FIELDS.values(), True)
@@ -45,6 +45,24 @@ def test_what_all_pictures_of_a_moment_share_is_the_models(data):
     colors, poses, times, blurs = learned.of_picture(3, data)
     assert max(float(part.abs().max()) for part in (colors, times)) < 1e-6 and float(poses.abs().max()) < 1e-3
     assert 0 <= float(blurs) <= 0.5
+
+
+def test_values_count_by_how_far_they_are_beyond_their_noise(data):
+    learned = Corrections.start(data, load(ReconstructConfig, ALL), torch.zeros(3), 1.0)
+    values, noise = learned.values["times"], learned.noise["times"]
+    assert float(learned._told("times")) == 0  # nothing visited
+    noise[:12] = 0.01**2
+    values[:12] = 0.01 * torch.tensor([1.0, -1.0]).repeat(6)[:, None]  # as large as their errors
+    assert float(learned._told("times")) == pytest.approx(0, abs=1e-5)
+    values[:12] *= 2
+    assert float(learned._told("times")) == pytest.approx(0.75)
+    before = learned.of_picture(0, data).times
+    learned.noise["times"][:12] = 0.02**2
+    assert float(before.abs()) > 0.005 and float(learned.of_picture(0, data).times) == pytest.approx(0, abs=1e-5)
+
+
+def test_settled_pictures_are_solved_for_seldom():
+    assert [epoch for epoch in range(20) if is_due(epoch)] == [*range(8), 8, 16]
 
 
 def test_a_pose_turns_the_scene_about_its_centre_and_moves_it():
