@@ -5,7 +5,7 @@
 DATASET holds transforms_train.json and transforms_test.json; each time budget is a training of its own, since the
 learning rate follows the budget.  With --fudan that method (benchmarks/fudan.py) trains as long, beside ours, twice:
 with its own schedule, which the time cuts off, and with one fitted to the time.  Writes
-benchmarks/results/reconstruct_<name>_<size>[_cuda].json.
+benchmarks/results/reconstruct_<name>_<size>[_fudan][_cuda].json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(dataset: Path, seconds: str = "30,60,120", size: int = 128, device: str
             "seconds": rows,
             **({"fudan": rivals} if fudan else {}),
         }
-        where = "" if machine.choose_device(device).type == "cpu" else "_cuda"
+        where = "_fudan" * fudan + "_cuda" * (machine.choose_device(device).type == "cuda")
         fileio.write_json(RESULTS / f"reconstruct_{dataset.name}_{size}{where}.json", record)
 
 

@@ -25,20 +25,28 @@ def picture_loss(
 ) -> Tensor:
     """The loss of one picture, as much as it counts; its worst pixels teach nothing."""
     target = train.images[cell]
-    truth = target[..., :3] / 255 + (1 - target[..., 3:] / 255) * background
     if config.trim:
         with torch.no_grad():
-            error = (image + (1 - alpha[..., None]) * background - truth).abs().sum(-1)
+            error = (_before(image, alpha, background) - _truth(target, background)).abs().sum(-1)
             taught = error <= error.flatten().kthvalue(math.ceil((1 - config.trim) * error.numel())).values
         image = torch.where(taught[..., None], image, image.detach())
         alpha = torch.where(taught, alpha, alpha.detach())
     mask_weight = config.mask_weight if train.has_alpha else 0.0
     loss = photometric_loss(image, alpha, target, background, config.ssim_weight, mask_weight, config.charbonnier)
     if lpips is not None:
-        picture = image + (1 - alpha[..., None]) * background
-        pair = (x.permute(2, 0, 1)[None] for x in (picture, truth))
-        loss = loss + config.lpips_weight * lpips(*pair)[0]
+        pair = _before(image, alpha, background), _truth(target, background)
+        loss = loss + config.lpips_weight * lpips(*(x.permute(2, 0, 1)[None] for x in pair))[0]
     return loss if train.weights is None else loss * train.weights[cell]
+
+
+def _before(image: Tensor, alpha: Tensor, background: Tensor) -> Tensor:
+    """A render [H, W, 3] before a background."""
+    return image + (1 - alpha[..., None]) * background
+
+
+def _truth(target: Tensor, background: Tensor) -> Tensor:
+    """A picture [H, W, 3] in 0..1 before the same background."""
+    return target[..., :3] / 255 + (1 - target[..., 3:] / 255) * background
 
 
 def priors(g: Gaussians4D, half_side: float, config: ReconstructConfig) -> Tensor | float:

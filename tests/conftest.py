@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,8 +39,9 @@ RADIUS, FOV = 3.0, 40.0  # world, degrees
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread_a_process() -> None:
+def _a_process_like_any_other() -> None:
     """As many processes as cores run the tests: threads of theirs would only wait for each other."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     numba.set_num_threads(1)
     torch.set_num_threads(1)
 

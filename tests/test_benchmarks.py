@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from surroundings import cli_environment
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def test_quick_rasterizer_benchmark_records_times_and_agrees_with_the_prototype(tmp_path):
     out = tmp_path / "record.json"
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "rasterize.py", "--quick", "--out", out], capture_output=True, text=True
-    )
+        [sys.executable, BENCHMARKS / "rasterize.py", "--quick", "--out", out],
+        env=cli_environment(), capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["machine"]["cores"] >= 1 and record["rivals"][0] == "ours"
@@ -46,7 +49,8 @@ def agreement(tolerance: float) -> subprocess.CompletedProcess:
     """benchmarks/agreement.py on the CPU, with another bound."""
     script = f"import agreement, typer; agreement.TOLERANCE = {tolerance}; typer.run(agreement.main)"
     words = ["--device", "cpu", "--count", "60", "--size", "24"]
-    return subprocess.run([sys.executable, "-c", script, *words], cwd=BENCHMARKS, capture_output=True, text=True)
+    call = [sys.executable, "-c", script, *words]
+    return subprocess.run(call, cwd=BENCHMARKS, env=cli_environment(), capture_output=True, text=True)
 
 
 def test_agreement_of_rasterizers_is_told_for_the_picture_and_every_gradient():

@@ -119,12 +119,12 @@ def test_videos_of_sv4d_become_a_matrix_whose_last_view_is_the_input(tmp_path, a
     assert stage["models"] and stage["imported"] == {"kind": "sv4d", "name": "out"}
 
 
-def test_a_reconstruction_of_imported_videos_has_the_priors_of_generated_pictures(tmp_path):
+def test_a_reconstruction_of_imported_videos_has_the_corrections_of_generated_pictures(tmp_path):
     write_sv4d(tmp_path / "out", (0, 60, 120, 180, 240), 0)
     bring(tmp_path / "out", tmp_path / "run")
-    sets = ("iterations=4", "start_gaussians=40", "max_gaussians=60", "holdout=2")
+    sets = ("iterations=4", "start_gaussians=40", "max_gaussians=60", "holdout=2", "refine_rig=false")
     result = pipeline.reconstruct(tmp_path / "run", sets=sets, device="cpu")
-    assert "opacity_weight: 0.05" in (result.folder / "config.yaml").read_text()
+    assert "correct_poses: true" in (result.folder / "config.yaml").read_text()
     assert export(tmp_path / "run", ["spz"])["spz"].is_dir()
 
 

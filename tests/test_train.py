@@ -54,7 +54,7 @@ def run(model, folder, *sets, **options):
 def test_a_training_writes_a_checkpoint_that_the_strict_loader_takes(folder, model):
     path = run(model, folder, "steps=4")
     header = check(path, settings().spec(model))
-    assert {entry.dtype for entry in header.values()} == {torch.float16}
+    assert {entry.dtype for stored in header.values() for entry in stored.entries} == {torch.float16}
     scores = json.loads((folder / f"train_{model}.jsonl").read_text().splitlines()[-1])
     assert scores["step"] == 4
     assert all(np.isfinite(scores[f"psnr@{sigma:g}"]) for sigma in training.EVALUATION_SIGMAS)
