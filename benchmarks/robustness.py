@@ -4,9 +4,9 @@
 
 Each DATASET holds transforms_train.json and transforms_test.json (clean).  Its training pictures are perturbed, one
 kind at a time (benchmarks/perturb.py), and fitted with the same number of steps: `plain` with disagreement=false,
-`robust` with what the preset quality does with pictures that a model made, and every other mode with
-one tool alone.  PSNR and SSIM are those of the test views; flicker is that of two of the training cameras over all
-moments, clean.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
+`robust` with the corrections that the preset quality makes of generated pictures (but weaker priors), and every other
+mode with one tool alone.  PSNR and SSIM are those of the test views; flicker is that of two of the training cameras
+over all moments, clean.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ RESULTS = Path(__file__).parent / "results" / "robustness.json"
 PLAIN = "disagreement=false"
 MODES = {
     "plain": (PLAIN,),
-    "robust": ("disagreement=true", "refine_rig=true", "correct_poses=true", "correct_times=true"),
+    "robust": (
+        "disagreement=true",
+        "refine_rig=true",
+        "correct_poses=true",
+        "correct_times=true",
+        "min_scale=0.3",
+        "opacity_weight=0",
+    ),
     "poses": (PLAIN, "correct_poses=true"),
     "times": (PLAIN, "correct_times=true"),
     "colors": (PLAIN, "correct_colors=true"),
