@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -23,27 +24,27 @@ VIEWS, FRAMES, SIZE = 4, 3, 24
 Stop = Callable[[], int]
 
 
-class Stage:
+class Stage(abc.ABC):
     """One stage on inputs in `place`; its work goes to a folder of the caller's choice."""
 
     def __init__(self, place: Path):
         self.place = place
 
+    @abc.abstractmethod
     def prepare(self) -> None:
         """Makes the inputs."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def work(self, out: Path, should_stop: Stop = lambda: 0, processes: int = 1) -> None:
         """Does the whole stage, or goes on with what lies at `out`. Raises what d2 raises."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def done(self, out: Path) -> bool:
         """Whether the folder says that the stage is finished."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def result(self, out: Path) -> dict[str, str]:
         """sha256 of every file that the stage is for."""
-        raise NotImplementedError
 
 
 class Generate(Stage):

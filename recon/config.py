@@ -62,15 +62,15 @@ class ReconstructConfig:
     disagreement: bool | None = option(
         None, "whether pictures may contradict each other: sets what says so here; default: whether a model made them"
     )
-    correct_colors: bool | None = option(None, "solve for an affine colour of every picture; default no")
-    correct_poses: bool | None = option(None, "solve for a small motion of every picture; default no")
-    correct_times: bool | None = option(None, "solve for a shift in time of every picture; default no")
-    correct_blurs: bool | None = option(None, "solve for how soft every picture is; default no")
+    correct_colors: bool | None = option(None, "solve for an affine colour of every picture; default with disagreement")
+    correct_poses: bool | None = option(None, "solve for a small motion of every picture; default with disagreement")
+    correct_times: bool | None = option(None, "solve for a shift in time of every picture; default with disagreement")
+    correct_blurs: bool | None = option(None, "solve for how soft every picture is; default with disagreement")
     correct_from: float = option(0.1, "fraction of the run at which these corrections start", ge=0, le=1)
     refine_rig: bool | None = option(
         None,
         "find the orbit's direction, the field of view, the elevation and small poses of the views by a coarse fit"
-        " first; default no",
+        " first; default with disagreement",
     )
 
     average_from: float = option(
