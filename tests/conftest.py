@@ -38,6 +38,11 @@ VIEWS, FRAMES, TEST_VIEWS = 6, 4, 3
 RADIUS, FOV = 3.0, 40.0  # world, degrees
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are no names: a gzip stream holds the time, and every process that runs the tests must know them alike."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _a_process_like_any_other() -> None:
     """As many processes as cores run the tests: threads of theirs would only wait for each other."""
