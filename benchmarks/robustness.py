@@ -4,9 +4,10 @@
 
 Each DATASET holds transforms_train.json and transforms_test.json (clean).  Its training pictures are perturbed, one
 kind at a time (benchmarks/perturb.py), and fitted with the same number of steps: `plain` with disagreement=false,
-`robust` with the corrections that the preset quality makes of generated pictures (but weaker priors), and every other
-mode with one tool alone.  PSNR and SSIM are those of the test views; flicker is that of two of the training cameras
-over all moments, clean.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
+`robust` with what the preset quality does to generated pictures, and every other mode with one tool alone.  A run
+folder, such as make_toy_data.py --generated makes, is the real thing: it has one row, "generated".  PSNR and SSIM are
+those of the test views; flicker is that of two of the training cameras over all moments, where clean pictures of them
+are known.  Writes benchmarks/results/robustness.json as it goes; what is there is kept.
 """
 
 from __future__ import annotations
@@ -24,19 +25,13 @@ from d2 import fileio, machine
 from d2.recon import benchmark, dataset, metrics, pipeline, rig, train
 from d2.recon.config import ReconstructConfig
 from d2.recon.gaussians import Gaussians4D
+from d2.run import is_run
 
 RESULTS = Path(__file__).parent / "results" / "robustness.json"
 PLAIN = "disagreement=false"
 MODES = {
     "plain": (PLAIN,),
-    "robust": (
-        "disagreement=true",
-        "refine_rig=true",
-        "correct_poses=true",
-        "correct_times=true",
-        "min_scale=0.3",
-        "opacity_weight=0",
-    ),
+    "robust": ("disagreement=true", "refine_rig=true", "correct_poses=true", "correct_times=true"),
     "poses": (PLAIN, "correct_poses=true"),
     "times": (PLAIN, "correct_times=true"),
     "colors": (PLAIN, "correct_colors=true"),
@@ -44,6 +39,7 @@ MODES = {
     "rig": (PLAIN, "refine_rig=true"),
     "fat_03": (PLAIN, "min_scale=0.3"),
     "fat_05": (PLAIN, "min_scale=0.5"),
+    "haze": (PLAIN, "haze_weight=0.1"),
     "opacity": (PLAIN, "opacity_weight=0.05"),
     "charbonnier": (PLAIN, "charbonnier=0.05"),
     "trim": (PLAIN, "trim=0.02"),
@@ -63,7 +59,7 @@ def main(
 ) -> None:
     record: dict[str, Any] = fileio.read_json(out, fileio.MB) if out.is_file() else {"rows": {}}
     for folder in datasets:
-        for kind in kinds.split(","):
+        for kind in ["generated"] if is_run(folder) else kinds.split(","):
             row = record["rows"].setdefault(folder.name, {}).setdefault(kind, {})
             for mode in modes.split(","):
                 if mode not in row:
@@ -78,20 +74,22 @@ def measured(folder: Path, kind: str, mode: str, steps: int, size: int) -> dict[
     """One fit of one perturbed dataset and its quality on the clean test views."""
     settings = configuration.load(ReconstructConfig, "fast", sets=(f"iterations={steps}", *MODES[mode]))
     settings = pipeline.settled(settings, generated=False)
-    data, test = dataset.load(folder, "train", size), dataset.load(folder, "test", size)
+    data, test = (dataset.load(folder, split, None if kind == "generated" else size) for split in ("train", "test"))
     data, test = data.on(torch.ones(3)), test.on(torch.ones(3))
     clean = data
-    if kind != "clean":
+    if kind in KINDS:
         data = perturb(data, kind)
     found: dict[str, Any] = {}
     with pipeline.kernel_threads():
         if settings.refine_rig:
-            data, rig_found = rig.refine(data, settings, 0)
+            seen = int(data.views.max()) if kind == "generated" else 0  # the input's view
+            data, rig_found = rig.refine(data, settings, int((data.views == seen).nonzero()[0]))
             found = {"rig": rig_found.as_dict()}
         model = train.fit(train.start(data, settings, "cpu"), data, settings)
         scores = benchmark.measure(model, test, settings)
-        flicker = flicker_of(model, clean, settings)
-    return {name: scores[name] for name in MEASURED} | {"flicker": round(flicker, 5)} | found
+        if kind != "generated":  # whose own pictures flicker
+            found["flicker"] = round(flicker_of(model, clean, settings), 5)
+    return {name: scores[name] for name in MEASURED} | found
 
 
 @torch.no_grad()
@@ -108,12 +106,12 @@ def flicker_of(model: Gaussians4D, clean: dataset.Dataset, settings: Reconstruct
 
 
 def gains(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What each mode gains over the plain loss in dB, on clean pictures and on the others, averaged over datasets."""
+    """What each mode gains over the plain loss in dB, averaged over datasets: clean, perturbed and generated ones."""
     found: dict[str, dict[str, list[float]]] = {}
     for kind, row in ((kind, row) for kinds in rows.values() for kind, row in kinds.items()):
         for mode in row.keys() - {"plain"}:
             gain = row[mode]["psnr"] - row["plain"]["psnr"]
-            found.setdefault(mode, {}).setdefault("clean" if kind == "clean" else "perturbed", []).append(gain)
+            found.setdefault(mode, {}).setdefault("perturbed" if kind in KINDS else kind, []).append(gain)
     return {
         mode: {group: round(statistics.fmean(values), 3) for group, values in groups.items()}
         for mode, groups in sorted(found.items())

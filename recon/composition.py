@@ -58,7 +58,7 @@ MAIN = "composed", "view only", "frame only"
 ANCHOR = "anchor last"  # the views are sampled from the video's last frame, as the reference implementation does
 PROBE_SIGMA = 1.0  # noise level at which samples are judged by the models
 # Of the reconstruction whose residual tells how consistent a sample is; the same for samples and controls.
-FIT_SETS = ("holdout=0", "iterations=1500", "min_scale=0", "opacity_weight=0")
+FIT_SETS = ("holdout=0", "iterations=1500", "min_scale=0", "haze_weight=0")
 Z95 = 1.96
 SHOWN = "psnr", "ssim", "flicker", "motion", "fit psnr", "error of the view model", "error of the frame model"
 

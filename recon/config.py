@@ -29,7 +29,7 @@ class ReconstructConfig:
     min_scale: float | None = option(
         None,
         "least standard deviation, in pixels of a picture that the scene fills, against needles; "
-        "default 0.5 with disagreement, else 0",
+        "default 0.3 with disagreement, else 0",
         ge=0,
         le=100,
     )
@@ -44,8 +44,12 @@ class ReconstructConfig:
     ssim_weight: float = option(0.2, "weight of 1 - SSIM against L1", ge=0, le=1)
     mask_weight: float = option(0.3, "weight of the alpha loss", ge=0)
     duration_weight: float = option(0.0, "weight of the prior for long durations", ge=0)
-    opacity_weight: float | None = option(
-        None, "weight of the mean opacity; default 0.05 with disagreement, else 0", ge=0
+    opacity_weight: float = option(0.0, "weight of the mean opacity", ge=0)
+    haze_weight: float | None = option(
+        None,
+        "weight of the mean opacity for pictures that stay unlike the model, which contradict others; "
+        "default 0.1 with disagreement, else 0",
+        ge=0,
     )
     scale_weight: float = option(0.0, "weight of the mean scale over the scene's half side", ge=0)
 
@@ -66,7 +70,9 @@ class ReconstructConfig:
     correct_poses: bool | None = option(None, "solve for a small motion of every picture; default with disagreement")
     correct_times: bool | None = option(None, "solve for a shift in time of every picture; default with disagreement")
     correct_blurs: bool | None = option(None, "solve for how soft every picture is; default with disagreement")
-    correct_from: float = option(0.1, "fraction of the run at which these corrections start", ge=0, le=1)
+    correct_from: float = option(
+        0.1, "fraction of the run at which these corrections and the weight on haze start", ge=0, le=1
+    )
     refine_rig: bool | None = option(
         None,
         "find the orbit's direction, the field of view, the elevation and small poses of the views by a coarse fit"

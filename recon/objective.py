@@ -13,6 +13,8 @@ from d2.recon.gaussians import Gaussians4D
 from d2.recon.losses import photometric_loss
 from d2.recon.perceptual import LPIPS
 
+CONSISTENT = 0.05  # the loss above which a picture contradicts others (benchmarks/robustness.py)
+
 
 def picture_loss(
     image: Tensor,  # [H, W, 3] premultiplied render
@@ -49,13 +51,26 @@ def _truth(target: Tensor, background: Tensor) -> Tensor:
     return target[..., :3] / 255 + (1 - target[..., 3:] / 255) * background
 
 
-def priors(g: Gaussians4D, half_side: float, config: ReconstructConfig) -> Tensor | float:
-    """Regularisers, each off at weight 0; `half_side` of the scene in world units."""
+def priors(
+    g: Gaussians4D,
+    half_side: float,  # world, of the scene
+    loss: Tensor,  # of the step's pictures
+    fraction: float,  # of the run
+    config: ReconstructConfig,
+) -> Tensor | float:
+    """Regularisers, each off at weight 0.
+
+    Haze is what only one of several contradicting pictures asked for.  Pictures that agree are fitted to within
+    CONSISTENT before the prior against it begins, and never feel it; the further from that, the more it weighs.
+    """
     total = 0.0
     if config.duration_weight:
         total = total + config.duration_weight * torch.exp(-g.log_durations).mean()
     if config.opacity_weight:
         total = total + config.opacity_weight * g.opacity_logits.sigmoid().mean()
+    if config.haze_weight and fraction >= config.correct_from:
+        excess = (loss.detach() / CONSISTENT - 1).clamp_min(0)
+        total = total + config.haze_weight * excess * g.opacity_logits.sigmoid().mean()
     if config.scale_weight:
         total = total + config.scale_weight * g.log_scales.exp().mean() / half_side
     return total

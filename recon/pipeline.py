@@ -37,7 +37,7 @@ PICTURES = ("generate", "import")  # stages of a run that leave pictures with ca
 # What pictures want that a model made, and that contradict each other: corrections of each and the rig that they were
 # drawn with (benchmarks/robustness.py), no needles, and nothing faint that only one picture asked for.
 DISAGREEING = {
-    "min_scale": 0.5, "opacity_weight": 0.05, "correct_blurs": True, "correct_colors": True, "correct_poses": True,
+    "min_scale": 0.3, "haze_weight": 0.1, "correct_blurs": True, "correct_colors": True, "correct_poses": True,
     "correct_times": True, "refine_rig": True,
 }  # fmt: skip
 

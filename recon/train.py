@@ -161,7 +161,8 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
         objective.picture_loss(image, alpha[..., 0], train, cell, background, config, state.lpips)
         for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True)
     ]
-    loss = torch.stack(losses).mean() + objective.priors(state.gaussians, state.half_side, config)
+    loss = torch.stack(losses).mean()
+    loss = loss + objective.priors(state.gaussians, state.half_side, loss, fraction, config)
     if state.rig is not None:
         loss = loss + state.rig.prior()
     clock("loss")

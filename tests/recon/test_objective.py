@@ -104,3 +104,19 @@ def test_the_input_view_and_the_moment_of_the_views_count_in_full(run_folder, tm
     (data,) = seen
     trusted = (data.views == data.views.max()) | (data.times == 0)
     assert torch.equal(data.weights, torch.where(trusted, 1.0, 0.3)) and 0 < int(trusted.sum()) < len(data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "fraction", "weight"), [(0.1, 0.5, 1), (0.15, 0.5, 2), (0.1, 0.05, 0), (0.04, 0.5, 0)]
+)
+def test_haze_weighs_as_much_as_pictures_contradict_once_they_had_time_to_agree(data, loss, fraction, weight):
+    settings = load(ReconstructConfig, {"start_gaussians": 50, "haze_weight": 0.1, "correct_from": 0.1})
+    g = train.start(data, settings, "cpu").gaussians
+    error = torch.tensor(loss, requires_grad=True)
+    prior = torch.as_tensor(objective.priors(g, 1.0, error, fraction, settings))
+    assert float(prior.detach()) == pytest.approx(
+        0.1 * weight * float(g.opacity_logits.detach().sigmoid().mean()), rel=1e-5
+    )
+    if weight:
+        prior.backward()
+        assert (g.opacity_logits.grad > 0).all() and error.grad is None
