@@ -4,6 +4,7 @@
 # exports drawn by other people's renderers and read by Blender, which comes as the Python package bpy (5.0.1: Python 3.11,
 # NumPy 1, 1 GB) into .venv-dcc.  All make .venv first.
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # a suite that starts d2 a hundred times would compile it a hundred times
 BIN := .venv/bin
 
 .PHONY: venv demo test rows campaign test-browser test-ray test-nerfstudio test-dcc lint clean

@@ -108,7 +108,7 @@ def flicker_of(model: Gaussians4D, clean: dataset.Dataset, settings: Reconstruct
 def gains(rows: dict[str, Any]) -> dict[str, dict[str, float]]:
     """What each mode gains over the plain loss in dB, averaged over datasets: clean, perturbed and generated ones."""
     found: dict[str, dict[str, list[float]]] = {}
-    for kind, row in ((kind, row) for kinds in rows.values() for kind, row in kinds.items()):
+    for kind, row in ((kind, row) for kinds in rows.values() for kind, row in kinds.items() if "plain" in row):
         for mode in row.keys() - {"plain"}:
             gain = row[mode]["psnr"] - row["plain"]["psnr"]
             found.setdefault(mode, {}).setdefault("perturbed" if kind in KINDS else kind, []).append(gain)

@@ -23,7 +23,7 @@ from d2.recon.nerf import views as nerf
 from d2.recon.nerf.checkpoints import write_checkpoint
 from d2.recon.placement import Placement, place
 from d2.recon.sources import Source, check_playback, find, in_memory
-from d2.recon.viewer.write import write_html, write_web
+from d2.recon.viewer.write import BINARY, write_html, write_web
 from d2.run import Run, frame_time
 
 CONTACT_COLUMNS = 6  # at most
@@ -140,7 +140,8 @@ def export(
     fileio.require_space(folder, _least_bytes(wanted, clip))
     meshes.require(wanted)
     for what, target in outputs.items():
-        targets.remove_leftovers(target)
+        for path in {target, target.with_name(SECOND.get(what, target.name))}:
+            targets.remove_leftovers(path)
         FORMATS[what](clip, target)
     _write_readme(clip, folder, wanted)
     return outputs
@@ -155,6 +156,7 @@ def _write_readme(clip: Clip, folder: Path, wanted: Sequence[str]) -> None:
     """README.txt about the single files of this call; sequences have their own, and nobody else's is replaced."""
     single = [what for what in wanted if what in handout.FORMATS and (clip.still or what not in MOMENTS)]
     target = folder / handout.FILE
+    targets.remove_leftovers(target)
     if single and (not os.path.lexists(target) or target.read_bytes().startswith(handout.MARK.encode())):
         fileio.atomic_write(target, handout.text(single, clip).encode())
 
@@ -292,6 +294,7 @@ MOMENTS = {
     "sog": 16,
     "glb": 88,
 }  # formats without motion: bytes a Gaussian at degree 0
+SECOND = {"web": BINARY, "cameras": "cameras.glb"}  # the other file of formats that are two beside each other
 FORMATS: dict[str, Callable[[Clip, Path], None]] = {
     **{what: functools.partial(write_moments, what=what) for what in MOMENTS},
     **{what: functools.partial(write_usd, what=what) for what in ("usd", "usdz", "usd-points")},

@@ -107,6 +107,8 @@ def render(
     beside = _input_pictures(found, shot) if beside_input else None
     wide = shot.width * (2 if beside_input else 1)
     fileio.require_space(folder, _BYTES.get(format, 0) * wide * shot.height * len(shot.times))
+    for target in outputs.values():
+        targets.remove_leftovers(target)
     near, far = shot.depth_range(found.gaussians)
     with ExitStack() as stack:
         plan = _Plan(shot, format, behind, wide, near, far, overwrite)

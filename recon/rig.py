@@ -33,7 +33,7 @@ SAMPLE = 60  # pictures that a coarse fit is judged by
 # What a usual error is: of the elevation and of the logarithm of the focal length, and of a view's pose, whose turns
 # are in radians and moves in half sides of the scene.  Learning rates and the prior are in these units.
 ELEVATION, LOG_FOCAL, POSE = 0.05, 0.1, 0.02
-LR, POSE_WEIGHT = 0.1, 1e-3
+LR, LENS_WEIGHT, POSE_WEIGHT = 0.1, 0.3, 1e-3
 # Less than this is told as none: errors of a coarse fit where there is nothing to find.
 LEAST_ELEVATION, LEAST_LOG_FOCAL, LEAST_TURN = math.radians(0.3), 0.02, math.radians(0.5)
 
@@ -95,8 +95,14 @@ class Learned:
         top = torch.cat([turn @ R, t[:, :, None]], -1)
         return torch.cat([top, viewmats[:, 3:]], 1), at[:, 2]
 
-    def prior(self) -> Tensor:
-        return POSE_WEIGHT * self.poses.square().mean()
+    def prior(self, loss: Tensor) -> Tensor:
+        """Lens and views stay as believed where pictures leave them open.
+
+        Perspective is the faintest of all: what pictures contradict each other by hides it, and weighs its prior, as
+        the variance of noise does in the posterior of a Gaussian.
+        """
+        noise = loss.detach().square()
+        return LENS_WEIGHT * noise * self.shared[1].square() + POSE_WEIGHT * self.poses.square().mean()
 
     def step(self, decay: float) -> None:
         for group in self.adam.param_groups:

@@ -36,7 +36,7 @@ class LearnedRig(Protocol):
 
     def viewmats(self, data: Dataset, cells: Tensor) -> Tensor: ...
 
-    def prior(self) -> Tensor: ...
+    def prior(self, loss: Tensor) -> Tensor: ...
 
     def step(self, decay: float) -> None: ...
 
@@ -161,10 +161,10 @@ def step(state: State, train: Dataset, config: ReconstructConfig, fraction: floa
         objective.picture_loss(image, alpha[..., 0], train, cell, background, config, state.lpips)
         for image, alpha, cell in zip(images, alphas, cells.tolist(), strict=True)
     ]
-    loss = torch.stack(losses).mean()
-    loss = loss + objective.priors(state.gaussians, state.half_side, loss, fraction, config)
+    misfit = torch.stack(losses).mean()
+    loss = misfit + objective.priors(state.gaussians, state.half_side, misfit, fraction, config)
     if state.rig is not None:
-        loss = loss + state.rig.prior()
+        loss = loss + state.rig.prior(misfit)
     clock("loss")
     loss.backward()
     clock("backward")

@@ -354,3 +354,15 @@ def test_command_takes_a_part_of_the_frames_and_a_height(recon):
     assert run.exit_code == 0 and len(contents(recon / "export/spz")) == 4
     run = CliRunner().invoke(app, [str(recon), "--format", "spz", "--frames", "a:b"])
     assert isinstance(run.exception, InputError)
+
+
+def test_what_a_killed_export_left_is_gone_after_the_next_and_nothing_of_others(recon):
+    folder = recon / "export"
+    export(recon, formats=("usd", "web"), size=64)
+    whole = contents(folder)
+    left = (".README.x5l5yt22.txt", ".fox.abcd_123.usd", "web/.index.abcd_123.html", "web/.asset.abcd_123.bin")
+    others = (".README.txt.swp", "web/.htaccess")
+    for name in (*left, *others):
+        (folder / name).write_bytes(b"half")
+    export(recon, formats=("usd", "web"), size=64, overwrite=True)
+    assert contents(folder).keys() == whole.keys() | set(others)

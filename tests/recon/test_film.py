@@ -95,6 +95,14 @@ def test_the_loop_has_no_seam(tmp_path):
     assert len(pictures) == 12 and steps[0] < 1.5 * np.median(steps)
 
 
+def test_what_a_killed_render_left_is_gone_after_the_next(tmp_path):
+    left, other = tmp_path / ".a.abcd_123.mp4", tmp_path / ".b.abcd_123.mp4"
+    left.write_bytes(b"half")
+    other.write_bytes(b"half, of another")
+    render(moving_ball(), "turntable", tmp_path / "a.mp4", size=(32, 32), seconds=0.1)
+    assert not left.exists() and other.exists()
+
+
 # -- what is in the files ----------------------------------------------------------------------------------
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_rig_that_learned_nothing_is_the_believed_one(data):
     learned = rig.Learned(data)
     cells = torch.arange(len(data))
     assert torch.allclose(learned.viewmats(data, cells), data.viewmats, atol=1e-5)
-    assert torch.allclose(learned.applied(data).Ks, data.Ks) and float(learned.prior().detach()) == 0
+    assert torch.allclose(learned.applied(data).Ks, data.Ks) and float(learned.prior(torch.ones(())).detach()) == 0
 
 
 def test_elevation_lifts_every_camera_about_the_centre(data):
@@ -84,3 +85,14 @@ def test_a_signal_ends_the_refining_with_the_command_that_begins_again(run_folde
     with pytest.raises(Stopped, match="begin again with: d2 reconstruct") as stopped:
         pipeline.reconstruct(run_folder, tmp_path / "out", sets=("refine_rig=true",), should_stop=lambda: 15)
     assert stopped.value.exit_code == 143 and not (tmp_path / "out/recon/main/rig.safetensors").exists()
+
+
+def test_a_lens_that_contradicting_pictures_leave_open_stays_as_believed(data, monkeypatch):
+    for name, value in {"PROBE_STEPS": 20, "REFINE_STEPS": 250, "REFINE_GAUSSIANS": 300}.items():
+        monkeypatch.setattr(rig, name, value)
+    shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    data = dataclasses.replace(data, images=data.images[shuffled])
+    _, found = rig.refine(data, load(ReconstructConfig, {}), ANCHOR)
+    assert found.focal == 1
+    monkeypatch.setattr(rig, "LENS_WEIGHT", 0.0)
+    assert rig.refine(data, load(ReconstructConfig, {}), ANCHOR)[1].focal != 1
