@@ -303,8 +303,8 @@ def _read_rows(stream: BinaryIO, names: list[str], label: str) -> np.ndarray:  #
     from plyfile import PlyData, PlyParseError
 
     try:
-        vertex = PlyData.read(stream)["vertex"].data
-        with np.errstate(over="ignore", invalid="ignore"):  # a double beyond float32 becomes infinite: dropped later
+        with np.errstate(over="ignore", invalid="ignore"):  # a value beyond float32 becomes infinite: dropped later
+            vertex = PlyData.read(stream)["vertex"].data
             return np.stack([np.asarray(vertex[name], np.float32) for name in names], -1)
     except (PlyParseError, ValueError, TypeError, KeyError, IndexError, OverflowError, RuntimeError) as error:
         raise InputError(f"{label} is not a readable PLY file: {str(error)[:200]}") from error

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -290,6 +291,16 @@ def test_rows_with_nan_infinity_or_no_rotation_are_dropped_and_counted(tmp_path)
     path.write_bytes(text_ply(bad, NAMES))
     with pytest.raises(InputError, match="all 3 Gaussians hold NaN"):
         ply.read(path)
+
+
+@pytest.mark.row(64)
+def test_a_number_beyond_float32_in_a_text_is_dropped_like_infinity(tmp_path):
+    path, heard = tmp_path / "a.ply", []
+    path.write_bytes(text_ply([ROW, [1e300, *ROW[1:]]], NAMES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ply.read(path, warn=heard.append)) == 1
+    assert "1 of 2" in heard[0]
 
 
 def test_scales_beyond_float32_come_back_positive_and_finite(tmp_path):
