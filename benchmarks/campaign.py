@@ -1,11 +1,12 @@
 """The fault campaign: crashes, damaged files, properties, long runs and the rows of faults.
 
     python benchmarks/campaign.py [--kills 100] [--every 1] [--ranks 8] [--n 20000] [--iterations 10000] [--assets 5]
-                                  [--lanes 2] [--out FILE]
+                                  [--lanes 2] [--parts generate,reconstruct,export,fuzz,hygiene,properties] [--out FILE]
 
 Lanes of one thread each; writes benchmarks/results/campaign.json, with the rows as tests/faults/README.md has them
-(make rows writes it from a run of their tests).  The defaults take up to an hour on two cores.  Exits
-with 1 when anything is not as it has to be: a case lost, an exception that is not documented, a row that fails.
+(make rows writes it from a run of their tests).  The defaults take up to an hour on two cores; --parts runs some again,
+after what they found is mended, and keeps the others of the record.  Exits with 1 when anything is not as it has to
+be: a case lost, an exception that is not documented, a row that fails.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from d2 import fileio, machine
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = HERE / "results" / "campaign.json"
+STAGES = "generate", "reconstruct", "export"
+PARTS = *STAGES, "fuzz", "hygiene", "properties"
 PROPERTIES = ("tests/faults/test_states.py", "tests/faults/test_properties.py")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -38,68 +41,64 @@ def main(
     iterations: int = 10000,
     assets: int = 5,
     lanes: int = 2,
+    parts: str = ",".join(PARTS),
     out: Path = RESULT,
 ) -> None:
-    begin = time.monotonic()
+    options = {"kills": kills, "every": every, "ranks": ranks, "n": n, "iterations": iterations, "assets": assets}
+    wanted = parts.split(",")
+    before = {} if set(wanted) == set(PARTS) else fileio.read_json(out)["parts"]
     with tempfile.TemporaryDirectory(prefix="d2-campaign-") as text:
-        place = Path(text)
-        jobs: dict[str, list[str]] = {
-            name: [script("crash"), f"--stage={name}", f"--kills={kills}", f"--every={every}", f"--ranks={ranks}"]
-            for name in ("generate", "reconstruct", "export")
-        }
-        jobs["fuzz"] = [script("fuzz"), "--target", "all", "--n", str(n)]
-        jobs["hygiene"] = [script("hygiene"), "--iterations", str(iterations), "--assets", str(assets)]
-        for name, words in jobs.items():
-            words += ["--out", str(place / f"{name}.json")]
-        jobs["properties"] = ["-m", "pytest", "-q", "--hypothesis-profile=campaign", *PROPERTIES]
+        jobs = {name: words for name, words in commands(options, Path(text)).items() if name in wanted}
         with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
-            ended = dict(zip(jobs, pool.map(lambda name: run(name, jobs[name], place), jobs), strict=True))
-        record = summary(place, ended)
-    record["passed"] &= record["rows"]["green"] == record["rows"]["total"]
-    record["options"] = {"kills": kills, "every": every, "ranks": ranks, "n": n, "lanes": lanes}
-    record["options"] |= {"iterations": iterations, "assets": assets}
-    record |= {"minutes": round((time.monotonic() - begin) / 60, 1), "machine": machine.describe()}
+            done = pool.map(lambda name: run(name, jobs[name], Path(text) / f"{name}.json"), jobs)
+            ended = before | dict(zip(jobs, done, strict=True))
+    record = summary(ended) | {"options": options | {"lanes": lanes}, "machine": machine.describe(), "parts": ended}
     fileio.write_json(out, record)
     print(record)
     raise SystemExit(0 if record["passed"] else 1)
+
+
+def commands(options: dict[str, int], place: Path) -> dict[str, list[str]]:
+    """Every part's command, but for the interpreter; those that keep a record write it to `place`."""
+    crash = [f"--{name}={options[name]}" for name in ("kills", "every", "ranks")]
+    jobs = {name: [script("crash"), f"--stage={name}", *crash] for name in STAGES}
+    jobs["fuzz"] = [script("fuzz"), "--target", "all", "--n", str(options["n"])]
+    jobs["hygiene"] = [script("hygiene"), *(f"--{name}={options[name]}" for name in ("iterations", "assets"))]
+    recorded = {name: [*words, "--out", str(place / f"{name}.json")] for name, words in jobs.items()}
+    return recorded | {"properties": ["-m", "pytest", "-q", "--hypothesis-profile=campaign", *PROPERTIES]}
 
 
 def script(name: str) -> str:
     return str(HERE / f"{name}.py")
 
 
-def run(name: str, words: list[str], place: Path) -> int:
-    """The exit code of one part; what it says goes to the terminal at its end."""
+def run(name: str, words: list[str], written: Path) -> dict[str, Any]:
+    """The exit code of one part, how long it took and what it wrote; what it says goes to the terminal at its end."""
     begin = time.monotonic()
     call, environment = [sys.executable, *words], os.environ | ONE_THREAD
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
-    said = (done.stdout + done.stderr)[-4000:]
-    print(f"{name}: exit code {done.returncode} after {(time.monotonic() - begin) / 60:.1f} min\n{said}", flush=True)
-    return done.returncode
+    minutes = round((time.monotonic() - begin) / 60, 1)
+    print(f"{name}: exit code {done.returncode} after {minutes} min\n{(done.stdout + done.stderr)[-4000:]}", flush=True)
+    record = fileio.read_json(written) if written.is_file() else {}
+    record.pop("machine", None)
+    return {"exit_code": done.returncode, "minutes": minutes, "record": record}
 
 
-def summary(place: Path, ended: dict[str, int]) -> dict[str, Any]:
+def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What was tried and what came of it."""
-    record: dict[str, Any] = {"passed": not any(ended.values()), "exit_codes": ended}
-    stages = {name: read(place, name).get("stages", {}).get(name, {}) for name in ("generate", "reconstruct", "export")}
+    record: dict[str, Any] = {"rows": rows()}
+    record["passed"] = not any(part["exit_code"] for part in parts.values())
+    record["passed"] &= record["rows"]["green"] == record["rows"]["total"]
+    stages = [parts[name]["record"].get("stages", {}).get(name, {}) for name in STAGES]
     for kind in ("kills", "deaths", "ranks", "write_failures", "resumes"):
         good = "bit_equal" if kind == "resumes" else "survived"
-        tallies = [stage.get(kind, {}) for stage in stages.values()]
+        tallies = [stage.get(kind, {}) for stage in stages]
         record[kind] = {key: sum(tally.get(key, 0) for tally in tallies) for key in ("tried", good)}
-    targets = read(place, "fuzz").get("targets", {})
+    targets = parts["fuzz"]["record"].get("targets", {})
     record["mutations"] = {
         key: sum(tally[key] for tally in targets.values()) for key in ("mutations", "read", "refused", "undocumented")
     }
-    record["rows"] = rows()
-    hygiene = read(place, "hygiene")
-    hygiene.pop("machine", None)
-    return record | {"stages": stages, "targets": targets, "hygiene": hygiene}
-
-
-def read(place: Path, name: str) -> dict[str, Any]:
-    """What a part wrote; nothing where it did not get so far."""
-    path = place / f"{name}.json"
-    return fileio.read_json(path) if path.is_file() else {}
+    return record
 
 
 def rows() -> dict[str, int]:
