@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import os
 import sys
@@ -49,6 +51,7 @@ def root(
 
 def main() -> None:
     """Runs the command line; what escapes a command ends here."""
+    atexit.register(gc.freeze)  # or the end goes through all that torch holds in search of cycles, for most of a second
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None when closed; a path or × must not fail in an ASCII locale
             stream.reconfigure(errors="backslashreplace")

@@ -182,26 +182,19 @@ def test_what_is_found_and_what_is_not(begun, made, tmp_path):
         live.find(tmp_path)
 
 
-def seconds_to_end(made, place) -> float:
-    """From Ctrl-C, with a browser still connected, to the end of d2 view; the port is free after it."""
+@pytest.mark.row(71)
+def test_row_71_ctrl_c_ends_it_within_two_seconds_and_frees_the_port(made, tmp_path):
     command = [sys.executable, "-m", "d2.cli.app", "view", str(made), "--serve", "--no-open", "--port", "0"]
-    with subprocess.Popen(command, cwd=place, env=cli_environment(), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=cli_environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline().split("/")[2].rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)):
             begin = time.monotonic()
             os.kill(process.pid, signal.SIGINT)
-            assert process.wait(10) in (0, 130)
-            seconds = time.monotonic() - begin
+            assert process.wait(10) in (0, 130) and time.monotonic() - begin < 2
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
-    return seconds
-
-
-@pytest.mark.row(71)
-def test_row_71_ctrl_c_ends_it_within_two_seconds_and_frees_the_port(made, tmp_path):
-    assert any(seconds_to_end(made, tmp_path) < 2 for _ in range(3)), "a busy machine delays one, never all"
 
 
 @pytest.mark.browser
