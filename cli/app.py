@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import os
 import sys
 import tempfile
@@ -13,7 +12,22 @@ import traceback
 import typer
 
 from d2 import __version__
-from d2.cli import batch, bench, bring, convert, doctor, export, generate, info, reconstruct, render, run, train, view
+from d2.cli import (
+    batch,
+    bench,
+    bring,
+    convert,
+    doctor,
+    export,
+    generate,
+    info,
+    reconstruct,
+    render,
+    run,
+    streams,
+    train,
+    view,
+)
 from d2.errors import D2Error, is_out_of_memory
 
 app = typer.Typer(
@@ -52,9 +66,7 @@ def root(
 def main() -> None:
     """Runs the command line; what escapes a command ends here."""
     atexit.register(gc.freeze)  # or the end goes through all that torch holds in search of cycles, for most of a second
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None when closed; a path or × must not fail in an ASCII locale
-            stream.reconfigure(errors="backslashreplace")
+    streams.prepare()
     try:
         os.getcwd()
     except OSError:  # some libraries end the process when they cannot find themselves from here

@@ -50,13 +50,13 @@ def batch(
     """
     if ray not in (None, "local") and workers is not None:
         raise UsageError("--workers is of this machine; a Ray cluster has its own: leave it out")
-    from d2 import fileio
+    from d2 import destination, fileio
     from d2.cli import fleet, jobs, report, stop
 
     wanted = jobs.read_jobs(inputs)
     devices = _devices(device)
     count = workers or (per_gpu * len(devices) if devices[0].startswith("cuda") else 1)
-    fileio.require_space(out, 0)
+    destination.require_space(out, 0)
     settings = fleet.Settings(
         out.resolve(), preset, reconstruct_preset, tuple(set), tuple(reconstruct_set),
         None if weights is None else str(weights.resolve()), remove_bg, not resume, retries, _threads(count, ray),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 from contextlib import AbstractContextManager
 from types import FrameType
 
@@ -36,4 +36,5 @@ class StopFlag(AbstractContextManager):
         if self.signum:
             os._exit(128 + signum)
         self.signum = signum
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # not print: it may be what was interrupted, and is not reentrant
+            os.write(2, b"stopping after this step; once more to stop at once\n")

@@ -143,8 +143,8 @@ def remove(path: str | Path) -> None:
 
 def swap_folder(new: str | Path, final: str | Path) -> None:
     """Puts the finished folder `new` in the place of `final`; the old one goes afterwards, or is back on failure."""
-    new, final = Path(new), Path(final)
-    old = _old(final)
+    new, final = Path(new), _itself(final)
+    old = sibling(final, ".old")
     remove(old)
     try:
         if final.exists():
@@ -162,15 +162,26 @@ def swap_folder(new: str | Path, final: str | Path) -> None:
 
 def undo_swap(final: str | Path) -> None:
     """Brings the old folder back where a swap_folder died between its two renames."""
-    final = Path(final)
-    if _old(final).is_dir() and not final.exists():
+    final = _itself(final)
+    old = sibling(final, ".old")
+    if old.is_dir() and not final.exists():
         with _changing("replace", final):
-            os.replace(_old(final), final)
+            os.replace(old, final)
 
 
-def _old(final: Path) -> Path:
-    """Where a folder stands while another takes its place."""
-    return final.with_name(f".{final.name}.old")
+def sibling(folder: str | Path, ending: str) -> Path:
+    """The hidden folder .<name><ending> beside one, for what will take its place or stood there before.
+
+    Links, "." and ".." are followed, so that both lie on one file system and the folder itself is replaced.
+    """
+    itself = _itself(folder)
+    return itself.parent / f".{itself.name}{ending}"
+
+
+def _itself(folder: str | Path) -> Path:
+    """A path that ends in the folder's own name."""
+    path = Path(folder)
+    return _resolved(path) if path.name in ("", "..") or os.path.islink(path) else path
 
 
 def _remove_temporary(path: Path) -> None:
@@ -191,29 +202,6 @@ def _changing(change: str, path: Path) -> Iterator[None]:
             f"cannot {'remove' if change == 'remove' else 'write'} {path}: {error.strerror or error}; free the disk or"
             " choose another --out"
         ) from error
-
-
-def require_space(folder: str | Path, needed: int) -> None:
-    """Raises InputError unless `folder` is or can become a writable folder, ResourceError unless `needed` bytes
-    are free there."""
-    try:
-        existing = Path(folder).absolute()
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir():
-            raise InputError(f"{quoted(folder)} cannot be a folder: {quoted(existing)} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"{quoted(folder)}: permission denied to write in {quoted(existing)}")
-        free = shutil.disk_usage(existing).free
-    except OSError as error:
-        raise InputError(f"cannot use {quoted(folder)}: {(error.strerror or str(error)).lower()}") from error
-    if free < needed:
-        raise ResourceError(f"{folder}: {needed / MB:.0f} MB of disk needed, {free / MB:.0f} MB free")
-
-
-def is_writable(folder: str | Path) -> bool:
-    """Whether files can be created in an existing folder."""
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _fsync_folder(folder: Path) -> None:

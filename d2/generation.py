@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from d2 import asset, budget, cells, fileio, images, inputs, launch, origin, preprocess
+from d2 import asset, budget, cells, destination, fileio, images, inputs, launch, origin, preprocess
 from d2 import config as configuration
 from d2.asset import Asset
 from d2.denoiser import OwnDenoiser
@@ -102,7 +102,7 @@ def generate(
     if again:
         _require_same_shape(home, settings, overwrite)
     pair = launch.load(settings, weights, device, own)
-    fileio.require_space(home, _space(settings))
+    destination.require_space(home, _space(settings))
     observer.message("Taking the checksums of the models")
     identity = origin.identity(settings, source, given, pair) | _redo_identity(home, redo)
     done = Generation(home, settings.views, settings.frames, 0.0, True)
@@ -197,13 +197,6 @@ def _require_place(home: Path, may_exist: bool) -> None:
     fileio.undo_swap(home)
     if not is_run(home):
         Run.require_free(home)
-        parent = home.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise InputError(f"{fileio.quoted(parent)} is a file; choose another --out")
-        if not fileio.is_writable(parent):
-            raise InputError(f"{fileio.quoted(parent)} is read-only; choose another --out")
     elif _is_finished(home) and not may_exist:
         raise ConflictError(f"{fileio.quoted(home)} is finished; choose another --out or pass --overwrite")
 
@@ -214,7 +207,8 @@ def _target(home: Path, identity: dict[str, Any], overwrite: bool) -> Path:
         return home
     run = Run.open(home)
     if overwrite:
-        beside = home.with_name(f".{home.name}.new")
+        destination.require_replaceable(home)
+        beside = fileio.sibling(home, ".new")
         if beside.exists() and (not is_run(beside) or _is_finished(beside) or origin.difference(beside, identity)):
             fileio.remove(beside)  # left by an interrupted --overwrite of another kind
         return beside

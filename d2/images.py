@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2 import fileio
 from d2.errors import InputError
@@ -57,6 +57,8 @@ def _decoded(path: str | Path, decode: Callable[[], Image.Image]) -> Image.Image
         return decode()
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # whose text is the address of a buffer
+        raise InputError(f"{fileio.quoted(path)} is not a readable image: none of {', '.join(FORMATS)}") from error
     except Exception as error:
         raise InputError(f"{fileio.quoted(path)} is not a readable image: {str(error)[:200]}") from error
 

@@ -35,10 +35,16 @@ LOCAL = "127.0.0.1"
 
 
 def of_torchrun() -> tuple[int, int]:
-    """This process's rank and how many there are, where torchrun (or the like) started it; else 0 of 1."""
+    """This process's rank and how many there are, where torchrun (or the like) started it; else 0 of 1.
+
+    Raises InputError where its variables hold something else.
+    """
     if not all(name in os.environ for name in TORCHRUN):
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = (os.environ[name] for name in TORCHRUN[:2])
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise InputError(f"RANK={rank!r} of WORLD_SIZE={size!r}: no numbers that torchrun sets; unset both")
+    return int(rank), int(size)
 
 
 def helps() -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from d2 import __version__, fileio, images
+from d2 import __version__, destination, fileio, images
 from d2.camera import Rig
 from d2.errors import ConflictError, InputError
 from d2.matrix import ImageMatrix, cell_path
@@ -45,7 +45,7 @@ class Run:
     def require_free(folder: str | Path) -> None:
         """Raises unless a new run can be created at `folder`: absent, or an empty folder."""
         folder = Path(folder)
-        fileio.require_space(folder, 0)
+        destination.require_space(folder, 0)
         # Temporary files of a process that died before its first commit start with a dot.
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConflictError(f"{fileio.quoted(folder)} is not empty and no run; choose another --out")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from d2 import fileio, images, video
+from d2 import destination, fileio, images, video
 from d2.errors import InputError
 from d2.recon import cameras, drawing, handout, targets
 from d2.recon.formats import fourdgs, glb, ply, sequence, sog, splat, splatv, spz, usd
@@ -137,7 +137,7 @@ def export(
     outputs = {what: folder / file_name(what, clip) for what in wanted}
     for target in outputs.values():
         targets.check_free(target, overwrite)
-    fileio.require_space(folder, _least_bytes(wanted, clip))
+    destination.require_space(folder, _least_bytes(wanted, clip))
     meshes.require(wanted)
     for what, target in outputs.items():
         for path in {target, target.with_name(SECOND.get(what, target.name))}:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageColor
 
-from d2 import fileio, images, machine, video
+from d2 import destination, fileio, images, machine, video
 from d2.errors import InputError, Stopped
 from d2.recon import drawing, shots, targets
 from d2.recon.drawing import Picture
@@ -106,7 +106,7 @@ def render(
     drawer = machine.choose_device(device)
     beside = _input_pictures(found, shot) if beside_input else None
     wide = shot.width * (2 if beside_input else 1)
-    fileio.require_space(folder, _BYTES.get(format, 0) * wide * shot.height * len(shot.times))
+    destination.require_space(folder, _BYTES.get(format, 0) * wide * shot.height * len(shot.times))
     for target in outputs.values():
         targets.remove_leftovers(target)
     near, far = shot.depth_range(found.gaussians)

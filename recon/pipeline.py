@@ -15,7 +15,7 @@ import numba
 import torch
 
 from d2 import config as configuration
-from d2 import fileio, machine
+from d2 import destination, fileio, machine
 from d2.errors import ConflictError, InputError, Stopped
 from d2.recon import cameras, checkpoint, dataset, metrics_log, rig, train
 from d2.recon.config import ReconstructConfig
@@ -94,7 +94,7 @@ def reconstruct(
     home = _home(path, out)
     folder = home / "recon" / name
     resume_command = _resume_command(path, home, name, preset, sets, device, overwrite)
-    fileio.require_space(home, SPACE_NEEDED)
+    destination.require_space(home, SPACE_NEEDED)
     if is_run(home):
         _target(Run.open(home), folder, stage, settings, overwrite)  # a conflict is told before images are read
     observer.message(f"Reading {fileio.quoted(path)}")
@@ -291,7 +291,8 @@ def _target(run: Run, folder: Path, stage: str, settings: ReconstructConfig, ove
     Raises ConflictError for finished work, and for unfinished work with another configuration.
     """
     if overwrite and ((folder / MODEL).exists() or checkpoint.checkpoints(folder / "ckpt")):
-        return folder.with_name(f".{folder.name}.new")
+        destination.require_replaceable(folder)
+        return fileio.sibling(folder, ".new")
     if run.stage(stage) is not None and (folder / MODEL).exists():
         raise ConflictError(f"{fileio.quoted(folder)} is finished; choose another --name or pass --overwrite")
     difference = _difference(folder, settings)

@@ -20,7 +20,7 @@ MAX_FILE, MAX_FUNCTION = 400, 80  # lines
 LAYERS = [
     ["errors"],
     ["fileio"],
-    ["config", "images", "camera", "machine", "noise", "schedule", "models", "toyrender", "video"],
+    ["config", "destination", "images", "camera", "machine", "noise", "schedule", "models", "toyrender", "video"],
     ["matrix", "preprocess", "previews", "inputs", "shard", "denoiser", "toys", "asset", "stage"],
     ["run", "compose", "pair"],
     ["sampler"],

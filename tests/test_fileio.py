@@ -180,24 +180,6 @@ def test_every_change_that_the_disk_refuses_is_one_resource_error(tmp_path, monk
     assert (tmp_path / "a").read_text() == "old" and files_in(tmp_path) == ["a"]
 
 
-def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
-    fileio.require_space(tmp_path / "a" / "b", 1)
-    with pytest.raises(ResourceError, match="MB of disk needed"):
-        fileio.require_space(tmp_path / "a" / "b", 1 << 60)
-
-
-def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        fileio.require_space(tmp_path / "file" / "run", 1)
-
-
-def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(fileio.os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(InputError, match="permission denied"):
-        fileio.require_space(tmp_path / "run", 1)
-
-
 # -- reading ---------------------------------------------------------------------------------------------
 
 

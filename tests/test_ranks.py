@@ -193,3 +193,12 @@ def test_a_gpu_that_is_not_there_and_compiling_without_one_are_refused(generate,
         launch._require_devices(pair.device, 64)
     with pytest.raises(InputError, match="compile graph: on a GPU only"):
         generate(clip, tmp_path / "run", sets=("compile=graph",), device="cpu")
+
+
+@pytest.mark.row(57)
+@pytest.mark.parametrize(("rank", "size"), [("x", "2"), ("2", "2"), ("-1", "2"), ("0", ""), ("1", "two")])
+def test_variables_of_torchrun_that_it_never_sets_are_refused(monkeypatch, rank, size):
+    for name, value in zip(launch.TORCHRUN, (rank, size, "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="RANK="):
+        launch.of_torchrun()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from d2 import fileio
+from d2 import destination, fileio
 from d2.errors import ConflictError, InputError
 
 MANIFEST = "frames.json"  # beside the files of a sequence; its presence says that the sequence is whole
@@ -86,10 +86,10 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     fileio.undo_swap(folder)
     check_replaceable(folder, overwrite)
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.new"):
+    temporary = fileio.sibling(folder, f".{os.getpid()}.new")
+    for left in temporary.parent.glob(f"{glob.escape(fileio.sibling(folder, '').name)}.*.new"):
         if not _is_at_work(left.suffixes[-2][1:]):
             fileio.remove(left)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     try:
         yield temporary
         fileio.swap_folder(temporary, folder)
@@ -124,6 +124,7 @@ def check_replaceable(folder: str | Path, overwrite: bool) -> None:
         raise ConflictError(f"{fileio.quoted(folder)} is not a sequence that d2 wrote; choose another --out")
     if not overwrite:
         raise ConflictError(f"{fileio.quoted(folder)} exists; pass --overwrite or choose another --out")
+    destination.require_replaceable(folder)
 
 
 def check_name(name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from d2 import fileio
+from d2 import destination, fileio
 from d2.errors import ConflictError, InputError
 from d2.recon.gaussians import Gaussians4D
 from d2.recon.importers import colmap, pictures, splats, transforms, videos
@@ -145,7 +145,7 @@ def _require_place(home: Path, source: Path) -> None:
             raise ConflictError(f"{fileio.quoted(home)} is a run already; choose another --out")
     else:
         Run.require_free(home)
-    fileio.require_space(home, LEAST_SPACE)
+    destination.require_space(home, LEAST_SPACE)
 
 
 def _begin(home: Path, fps: float) -> Run:

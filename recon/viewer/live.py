@@ -58,7 +58,7 @@ class Live:
 
     def _working(self) -> Path:
         """Where the fit writes: beside the old result while that is being replaced."""
-        new = self.folder.with_name(f".{self.folder.name}.new")
+        new = fileio.sibling(self.folder, ".new")
         return new if (new / CONFIG).is_file() else self.folder
 
     def _newest(self, working: Path) -> tuple[str, Gaussians4D, bytes] | None:

@@ -17,7 +17,7 @@ from faults.assertions import Outcome, digests, require_fault
 from PIL import Image
 from tiny_pair import draw_ball, single_thread
 
-from d2 import fileio, generation, pair
+from d2 import destination, fileio, generation, pair
 from d2.cli import app
 from d2.denoiser import UNetDenoiser
 from d2.errors import ConflictError, Stopped
@@ -241,9 +241,9 @@ def test_the_output_may_not_be_a_file_and_its_parent_is_created(begin, ball, tmp
 
 @pytest.mark.row(31)
 def test_a_read_only_place_is_refused_before_work(begin, ball, tmp_path, monkeypatch):
-    monkeypatch.setattr(fileio, "is_writable", lambda folder: False)
+    monkeypatch.setattr(destination, "is_writable", lambda folder: False)
     code, line = begin(ball)
-    assert (code, "read-only" in line) == (3, True)
+    assert (code, "permission denied" in line) == (3, True)
 
 
 def test_a_folder_of_someone_else_is_not_touched_not_even_with_overwrite(begin, ball, tmp_path):
