@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -29,6 +30,9 @@ from d2.cli import (
     view,
 )
 from d2.errors import D2Error, is_out_of_memory
+from d2.fileio import quoted
+
+EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EFBIG)
 
 app = typer.Typer(
     name="d2",
@@ -80,6 +84,9 @@ def main() -> None:
     except Exception as error:
         if is_out_of_memory(error):
             _fail(f"error: out of memory: {str(error) or 'use a smaller --set size or fewer Gaussians'}", 5)
+        if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long, or a disk
+            reason = (error.strerror or str(error)).lower()
+            _fail(f"error: cannot use {quoted(error.filename)}: {reason}", 5 if error.errno in EXHAUSTED else 3)
         _fail(f"internal error: {type(error).__name__}: {error} (details in {_log_traceback()})", 1)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from d2.cli import generate as options
 from d2.errors import Stopped, UsageError, WorkerError
+from d2.fileio import quoted
 
 if TYPE_CHECKING:
     from d2.cli.fleet import Record
@@ -119,9 +120,9 @@ def _tell(records: list[Record], as_json: bool) -> None:
 
         typer.echo(json.dumps([dataclasses.asdict(record) for record in records]))
         return
-    width = max([len(record.name) for record in records], default=0)
+    width = max([len(quoted(record.name)) for record in records], default=0)
     for record in records:
         psnr = "" if record.psnr is None else f"{record.psnr:.2f} dB"
         count = "" if record.gaussians is None else f"{record.gaussians} Gaussians"
-        row = f"{record.name:<{width}}  {_state(record):<11} {record.seconds:>8.0f} s  {psnr:>9}  {count:<16}"
+        row = f"{quoted(record.name):<{width}}  {_state(record):<11} {record.seconds:>8.0f} s  {psnr:>9}  {count:<16}"
         typer.echo(f"{row} {record.error}".rstrip())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import typer
 
+from d2.fileio import quoted
+
 if TYPE_CHECKING:
     from d2.recon.importers.bring import Kind
 
@@ -55,6 +57,6 @@ def bring(
         typer.echo(encoder.dumps(dataclasses.asdict(result) | {"folder": str(result.folder)}))
         return
     what = f"{result.gaussians} Gaussians" if result.gaussians else f"{result.pictures} pictures"
-    typer.echo(f"{result.folder}: {what} from {result.kind}, {result.fps:g} frames a second")
+    typer.echo(f"{quoted(result.folder)}: {what} from {result.kind}, {result.fps:g} frames a second")
     command = "export" if result.gaussians else "reconstruct"
     typer.echo(f"Next: d2 {command} {shlex.quote(str(result.folder))}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from d2.fileio import quoted
+
 
 def convert(
     source: Annotated[Path, typer.Argument(help="A .ply, .spz or .splat file.")],
@@ -19,4 +21,4 @@ def convert(
 
     conversion.convert(source, target, overwrite)
     if not quiet:
-        typer.echo(f"{target}: {target.stat().st_size} bytes")
+        typer.echo(f"{quoted(target)}: {target.stat().st_size} bytes")

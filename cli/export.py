@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from d2.errors import InputError
+from d2.fileio import quoted
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -80,7 +81,7 @@ def export(
         typer.echo(json.dumps({what: str(target) for what, target in written.items()}))
     elif not quiet:
         for what, target in written.items():
-            typer.echo(f"{what}: {target}")
+            typer.echo(f"{what}: {quoted(target)}")
 
 
 def _frames(text: str | None) -> tuple[int | None, tuple[int, int] | None]:

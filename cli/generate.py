@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from d2.errors import UsageError
+from d2.fileio import quoted
 
 if TYPE_CHECKING:
     from d2.asset import Asset
@@ -109,7 +111,7 @@ def generate(
     for result in results:
         _tell(result)
     if seeds is not None:
-        typer.echo(f"{results[0].folder.parent / 'seeds.png'}: all seeds side by side")
+        typer.echo(f"{quoted(results[0].folder.parent / 'seeds.png')}: all seeds side by side")
 
 
 def the_input(source: Path | None, asset: Path | None) -> Path | Asset:
@@ -125,10 +127,12 @@ def the_input(source: Path | None, asset: Path | None) -> Path | Asset:
 
 def _tell(result: Generation) -> None:
     if result.finished:
-        typer.echo(f"{result.folder}: {result.views} views × {result.frames} frames in {result.seconds:.0f} s")
-        typer.echo(f"Next: d2 reconstruct {result.folder}")
+        typer.echo(f"{quoted(result.folder)}: {result.views} views × {result.frames} frames in {result.seconds:.0f} s")
+        typer.echo(f"Next: d2 reconstruct {shlex.quote(str(result.folder))}")
     else:
-        typer.echo(f"{result.folder / 'generate'}: references; retouch them, then repeat without --references-only")
+        typer.echo(
+            f"{quoted(result.folder / 'generate')}: references; retouch them, then repeat without --references-only"
+        )
 
 
 def shortcut_sets(**values: float | None) -> tuple[str, ...]:

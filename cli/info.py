@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from d2.fileio import quoted
+
 
 def info(
     path: Annotated[Path, typer.Argument(help="A .ply, .spz, .splat, .glb or .usd file, or a reconstruction.")],
@@ -21,5 +23,5 @@ def info(
 
         typer.echo(json.dumps(facts))
         return
-    for name, value in facts.items():
+    for name, value in (facts | {"file": quoted(facts["file"])}).items():
         typer.echo(f"{name}: {value}")

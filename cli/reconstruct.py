@@ -7,6 +7,8 @@ from pathlib import Path
 
 import typer
 
+from d2.fileio import quoted
+
 
 def reconstruct(
     path: Path = typer.Argument(help="A run folder, or any folder with transforms.json (nerfstudio, Blender layout)."),
@@ -47,6 +49,6 @@ def reconstruct(
         )
     else:
         quality = "" if result.psnr is None else f", {result.psnr:.2f} dB on held-out cells"
-        typer.echo(f"{result.model}: {result.gaussians} Gaussians{quality}")
+        typer.echo(f"{quoted(result.model)}: {result.gaussians} Gaussians{quality}")
         run_folder = shlex.quote(str(result.folder.parent.parent))
         typer.echo(f"Next: d2 export {run_folder} --format ply,mp4,contact")

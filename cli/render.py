@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from d2.errors import InputError
+from d2.fileio import quoted
 
 
 def render(
@@ -75,9 +76,9 @@ def render(
         facts = asdict(made) | {"path": str(made.path), "passes": {k: str(v) for k, v in made.passes.items()}}
         typer.echo(json.dumps(facts))
     elif not quiet:
-        typer.echo(f"{made.path}: {made.frames} frames, {made.width}×{made.height}, {made.fps:g} a second")
+        typer.echo(f"{quoted(made.path)}: {made.frames} frames, {made.width}×{made.height}, {made.fps:g} a second")
         for what, target in made.passes.items():
-            typer.echo(f"{what}: {target}")
+            typer.echo(f"{what}: {quoted(target)}")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from d2.cli import generate as options
+from d2.fileio import quoted
 
 EXPORTS = ("ply", "mp4", "contact", "html")
 
@@ -62,4 +63,4 @@ def run(
             )  # fmt: skip
         observer.message("Exporting " + ", ".join(EXPORTS))
     for what, target in export(made.folder, list(EXPORTS), overwrite=True).items():
-        typer.echo(f"{what}: {target}")
+        typer.echo(f"{what}: {quoted(target)}")

@@ -47,6 +47,7 @@ class _Dispensable(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase | None) -> None:
         self.raw = raw
+        self.given_up = raw is None
 
     def writable(self) -> bool:
         return True
@@ -61,9 +62,9 @@ class _Dispensable(io.RawIOBase):
 
     def write(self, data) -> int:
         try:
-            written = len(data) if self.raw is None else self.raw.write(data)
+            written = len(data) if self.raw is None or self.given_up else self.raw.write(data)
         except OSError as error:
-            self.raw = None  # what is left in the buffer must not be refused a second time, at exit
+            self.given_up = True  # what is left in the buffer must not be refused a second time, at exit
             written = self.refused(error, len(data))
         return written or 0
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import typer
 
+from d2.fileio import quoted
+
 MODEL = typer.Argument(help="vae first, then view and frame (in any order, or at the same time).")
 DATA = typer.Option("toybox", help="toybox, or a folder of finished runs whose matrices are the data.")
 OUT = typer.Option(Path("weights"), help="Folder of the training's state and of the checkpoints.")
@@ -50,4 +52,4 @@ def train(
         else:
             place = machine.choose_device(device)
             done = training.train(model, settings, source, held_out, out, place, observer, should_stop)
-    typer.echo(f"{done}: trained")
+    typer.echo(f"{quoted(done)}: trained")

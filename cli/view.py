@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from d2.fileio import quoted
+
 
 def view(
     path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder, its Gaussians, or a page.")],
@@ -31,7 +33,7 @@ def view(
         from d2.recon.exports import export
 
         page = export(path, ["html"], out, overwrite=True)["html"]
-    typer.echo(f"html: {page}")
+    typer.echo(f"html: {quoted(page)}")
     if open_page:
         _open(page.absolute().as_uri())
 

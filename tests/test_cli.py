@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -139,6 +140,31 @@ def test_memory_that_runs_out_exits_5(d2, monkeypatch, tiny_dataset):
 def test_an_unfinished_run_exits_8(d2, tmp_path):
     Run.create(tmp_path / "run")
     expect_fault(lambda: d2("reconstruct", tmp_path / "run"), 8, "no finished matrix")
+
+
+@pytest.mark.row(13)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("reconstruct", "{long}"), ("reconstruct", "{data}", "--out", "{long}"), ("export", "{long}"),
+        ("info", "{long}.ply"), ("convert", "{data}/a.ply", "{long}.ply"), ("view", "{long}"), ("render", "{long}"),
+        ("import", "{long}"), ("batch", "{long}"),
+        ("generate", "{long}.png"), ("generate", "{data}/test/v00_f000.png", "--out", "{long}"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_row_13_a_name_too_long_for_any_disk_is_one_line(d2, tiny_dataset, words):
+    expect_fault(lambda: d2(*(word.format(long="a" * 300, data=tiny_dataset) for word in words)), 3, "a" * 100)
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(errno.ENOSPC, 5), (errno.EMFILE, 5), (errno.EACCES, 3)])
+def test_what_the_system_refuses_by_name_is_one_line(d2, monkeypatch, tiny_dataset, code, exit_code):
+    def refuse(*words, **options):
+        raise OSError(code, os.strerror(code), "some/file")
+
+    monkeypatch.setattr(pipeline, "reconstruct", refuse)
+    reason = os.strerror(code).lower()
+    expect_fault(lambda: d2("reconstruct", tiny_dataset), exit_code, f"cannot use some/file: {reason}")
 
 
 def test_our_own_bug_is_one_line_with_a_log_and_exits_1(d2, monkeypatch, tiny_dataset, tmp_path):
