@@ -22,7 +22,9 @@ INPUTS = typer.Argument(
 
 def batch(
     inputs: list[str] = INPUTS,
-    out: Path = typer.Option(Path("runs"), help="Folder that gets a run folder for each asset, and logs/."),
+    out: Path = typer.Option(
+        Path("runs"), help="Folder that gets a run folder for each asset, and logs/.", readable=False
+    ),
     workers: int | None = typer.Option(
         None, min=1, max=1024, help="Assets at a time on this machine; default: --per-gpu for each GPU, or 1."
     ),

@@ -16,13 +16,17 @@ def bench() -> None:
 
 @app.command()
 def reconstruct(
-    dataset: Path = typer.Argument(help="A folder with transforms_train.json and transforms_test.json."),
+    dataset: Path = typer.Argument(
+        help="A folder with transforms_train.json and transforms_test.json.", readable=False
+    ),
     size: int = typer.Option(128, min=8, max=4096, help="Longer image side in pixels, area-filtered."),
     seconds: float = typer.Option(120.0, min=0.1, help="Training time; compilation and initialisation come on top."),
     preset: str = typer.Option("quality", help="quality, fast, or a YAML file of fields."),
     set: list[str] = typer.Option([], "--set", help="field=value; repeatable."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
-    out: Path | None = typer.Option(None, help="Folder for the model and a sheet of the worst test views."),
+    out: Path | None = typer.Option(
+        None, help="Folder for the model and a sheet of the worst test views.", readable=False
+    ),
     quiet: bool = typer.Option(False, help="No progress."),
     json: bool = typer.Option(False, help="One JSON object on stdout."),
 ) -> None:
@@ -44,23 +48,28 @@ def reconstruct(
 @app.command()
 def evaluate(
     models: list[Path] = typer.Argument(
-        metavar="RUN...", help="Run folders, reconstructions in them, or gaussians.safetensors; several are seeds."
+        metavar="RUN...",
+        help="Run folders, reconstructions in them, or gaussians.safetensors; several are seeds.",
+        readable=False,
     ),
-    truth: Path = typer.Option(help="A folder with transforms_test.json, else transforms.json."),
+    truth: Path = typer.Option(help="A folder with transforms_test.json, else transforms.json.", readable=False),
     size: int | None = typer.Option(
         None, min=8, max=4096, help="Longer image side in pixels, area-filtered; default: as the pictures are."
     ),
     points: Path | None = typer.Option(
         None,
         help="True points: a PLY file, or a folder of one a moment; default: points/ in the dataset, where it is.",
+        readable=False,
     ),
     lpips_weights: Path | None = typer.Option(
-        None, help="LPIPS with AlexNet or VGG16 (all of its state, as safetensors)."
+        None,
+        help="LPIPS with AlexNet or VGG16 (all of its state, as safetensors).",
+        readable=False,
     ),
-    clip_weights: Path | None = typer.Option(None, help="OpenCLIP ViT-H/14, safetensors."),
-    i3d_weights: Path | None = typer.Option(None, help="I3D (RGB, Kinetics-400) for FVD, safetensors."),
+    clip_weights: Path | None = typer.Option(None, help="OpenCLIP ViT-H/14, safetensors.", readable=False),
+    i3d_weights: Path | None = typer.Option(None, help="I3D (RGB, Kinetics-400) for FVD, safetensors.", readable=False),
     device: str = typer.Option("auto", help="auto, cpu, cuda or cuda:N."),
-    out: Path | None = typer.Option(None, help="Folder for results.json, plots.png and worst.png."),
+    out: Path | None = typer.Option(None, help="Folder for results.json, plots.png and worst.png.", readable=False),
     quiet: bool = typer.Option(False, help="No progress."),
     json: bool = typer.Option(False, help="One JSON object on stdout."),
 ) -> None:
@@ -86,7 +95,9 @@ def evaluate(
 
 @app.command()
 def dnerf(
-    folder: Path = typer.Argument(help="One D-NeRF scene, or the folder of several: transforms_{train,val,test}.json."),
+    folder: Path = typer.Argument(
+        help="One D-NeRF scene, or the folder of several: transforms_{train,val,test}.json.", readable=False
+    ),
     seconds: float = typer.Option(120.0, min=0.1, help="Training time of each scene."),
     preset: str = typer.Option("quality", help="quality, fast, or a YAML file of fields."),
     set: list[str] = typer.Option([], "--set", help="field=value; repeatable."),
@@ -114,11 +125,15 @@ def composition(
     few: int = typer.Option(8, min=1, help="How many of them go through every mode, schedule and control."),
     preset: str = typer.Option("tiny", help="Preset of d2 generate, or a YAML file of fields."),
     weights: Path | None = typer.Option(
-        None, help="Folder of the pair's checkpoints; default: those that come with d2."
+        None,
+        help="Folder of the pair's checkpoints; default: those that come with d2.",
+        readable=False,
     ),
     set: list[str] = typer.Option([], "--set", help="field=value of d2 generate; repeatable."),
     work: Path | None = typer.Option(
-        None, help="Folder where the samples stay; a repeated command goes on from there."
+        None,
+        help="Folder where the samples stay; a repeated command goes on from there.",
+        readable=False,
     ),
     processes: int = typer.Option(2, min=1, max=256, help="Toys at a time, one thread each."),
     quiet: bool = typer.Option(False, help="No progress."),

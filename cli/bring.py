@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def bring(
     path: Path = typer.Argument(
         help="Folder of SV4D or SV4D 2.0 videos (or one of them), of Consistent4D, of D-NeRF, Blender or nerfstudio, a"
-        " COLMAP project (pinhole), videos with cameras.json, numbered 3DGS PLY files, or what ns-train d2-4dgs wrote."
+        " COLMAP project (pinhole), videos with cameras.json, numbered 3DGS PLY files, or what ns-train d2-4dgs wrote.",
+        readable=False,
     ),
-    out: Path | None = typer.Option(None, help="Run folder to write; default: runs/<name>."),
+    out: Path | None = typer.Option(None, help="Run folder to write; default: runs/<name>.", readable=False),
     kind: str | None = typer.Option(
         None,
         "--from",

@@ -11,8 +11,10 @@ from d2.fileio import quoted
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .ply, .spz or .splat file.")],
-    target: Annotated[Path, typer.Argument(help="The file to write: .ply, .spz, .splat, .glb or .usd.")],
+    source: Annotated[Path, typer.Argument(help="A .ply, .spz or .splat file.", readable=False)],
+    target: Annotated[
+        Path, typer.Argument(help="The file to write: .ply, .spz, .splat, .glb or .usd.", readable=False)
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:

@@ -24,10 +24,12 @@ _FORMATS = (
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.", readable=False)
+    ],
     formats: Annotated[str, typer.Option("--format", help=f"Comma list. {_FORMATS}.")] = "ply,mp4,contact",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.")
+        Path | None, typer.Option(help="Folder to write into; default: export/ beside the Gaussians.", readable=False)
     ] = None,
     time: Annotated[float | None, typer.Option(help="One moment, 0 to 1, instead of the whole clip.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; default: the run's.")] = None,

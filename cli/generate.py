@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from d2.asset import Asset
     from d2.generation import Generation
 
-SOURCE = typer.Argument(None, help="An image, a folder of frames, a video or a GIF.", show_default=False)
-ASSET = typer.Option(None, help="Instead: a mesh (glb, obj, ply, stl...) or a 3D Gaussian PLY, drawn from every view.")
-OUT = typer.Option(None, help="Run folder to write; default: runs/<name of the input>.")
+SOURCE = typer.Argument(
+    None, help="An image, a folder of frames, a video or a GIF.", show_default=False, readable=False
+)
+ASSET = typer.Option(
+    None, help="Instead: a mesh (glb, obj, ply, stl...) or a 3D Gaussian PLY, drawn from every view.", readable=False
+)
+OUT = typer.Option(None, help="Run folder to write; default: runs/<name of the input>.", readable=False)
 PRESET = typer.Option("full", help="full, fast, low-vram, tiny (comes with d2), or a YAML file of fields.")
 WEIGHTS = typer.Option(
     None,
     help="Folder with sv3d_p.safetensors and svd_xt.safetensors (or SVD as diffusers keeps it: unet/, vae/,"
     " image_encoder/); default: $D2_WEIGHTS or checkpoints/.",
+    readable=False,
 )
 DEVICE = typer.Option("auto", help="auto, cpu, cuda or cuda:N.")
 GPUS = typer.Option(1, min=1, max=1024, help="GPUs of this machine that share the work; with --device cpu, processes.")
@@ -32,8 +37,10 @@ RATIO = typer.Option(None, help="Share of the picture's side that the object tak
 MOTION = typer.Option(None, help="0 to 255; more moves more (same as --set motion=X).")
 FPS = typer.Option(None, help="Frames a second at which the asset plays; default: a video's own, or 24.")
 SETS = typer.Option([], "--set", help="field=value; repeatable (fields: d2.settings.GenerateConfig).")
-VIEWS = typer.Option(None, help="Folder of reference views, the last one the input's, instead of sampled ones.")
-MASK = typer.Option(None, help="A mask, or a folder of one for each frame, white on the object.")
+VIEWS = typer.Option(
+    None, help="Folder of reference views, the last one the input's, instead of sampled ones.", readable=False
+)
+MASK = typer.Option(None, help="A mask, or a folder of one for each frame, white on the object.", readable=False)
 REMOVE = typer.Option(True, "--remove-bg/--no-remove-bg", help="Remove the background where there is no alpha.")
 
 

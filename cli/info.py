@@ -11,7 +11,9 @@ from d2.fileio import quoted
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="A .ply, .spz, .splat, .glb or .usd file, or a reconstruction.")],
+    path: Annotated[
+        Path, typer.Argument(help="A .ply, .spz, .splat, .glb or .usd file, or a reconstruction.", readable=False)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show counts, bounds, duration, colour degree and size."""

@@ -11,8 +11,12 @@ from d2.fileio import quoted
 
 
 def reconstruct(
-    path: Path = typer.Argument(help="A run folder, or any folder with transforms.json (nerfstudio, Blender layout)."),
-    out: Path | None = typer.Option(None, help="Run folder to write; default: PATH if it is a run, else runs/<name>."),
+    path: Path = typer.Argument(
+        help="A run folder, or any folder with transforms.json (nerfstudio, Blender layout).", readable=False
+    ),
+    out: Path | None = typer.Option(
+        None, help="Run folder to write; default: PATH if it is a run, else runs/<name>.", readable=False
+    ),
     name: str = typer.Option("main", help="Name of this reconstruction within the run."),
     preset: str = typer.Option("quality", help="quality, fast, or a YAML file of fields."),
     set: list[str] = typer.Option(

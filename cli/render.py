@@ -12,7 +12,9 @@ from d2.fileio import quoted
 
 
 def render(
-    source: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.")],
+    source: Annotated[
+        Path, typer.Argument(help="A run folder, a reconstruction's folder or a gaussians.safetensors.", readable=False)
+    ],
     path: Annotated[
         str,
         typer.Option(
@@ -27,7 +29,9 @@ def render(
         str | None,
         typer.Option(help="mp4, webm, prores, gif, webp, png or exr; default: what the suffix of --out says, or mp4."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File or folder; default: render/ beside the Gaussians.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File or folder; default: render/ beside the Gaussians.", readable=False)
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(

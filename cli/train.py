@@ -11,7 +11,7 @@ from d2.fileio import quoted
 
 MODEL = typer.Argument(help="vae first, then view and frame (in any order, or at the same time).")
 DATA = typer.Option("toybox", help="toybox, or a folder of finished runs whose matrices are the data.")
-OUT = typer.Option(Path("weights"), help="Folder of the training's state and of the checkpoints.")
+OUT = typer.Option(Path("weights"), help="Folder of the training's state and of the checkpoints.", readable=False)
 PRESET = typer.Option("tiny", help="Preset of d2 generate, or a YAML file of fields: what the models are.")
 VAE_STEPS = 3000
 STEPS = typer.Option(None, help=f"Gradient steps in all; default: {VAE_STEPS} for the vae, 20000.")

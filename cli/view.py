@@ -11,9 +11,11 @@ from d2.fileio import quoted
 
 
 def view(
-    path: Annotated[Path, typer.Argument(help="A run folder, a reconstruction's folder, its Gaussians, or a page.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run folder, a reconstruction's folder, its Gaussians, or a page.", readable=False)
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the page; default: export/ beside the Gaussians.")
+        Path | None, typer.Option(help="Folder for the page; default: export/ beside the Gaussians.", readable=False)
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it here, following a fit that still runs.")] = False,
     port: Annotated[int | None, typer.Option(help="To serve on; default: the first free one from 8417 on.")] = None,

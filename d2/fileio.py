@@ -164,7 +164,7 @@ def undo_swap(final: str | Path) -> None:
     """Brings the old folder back where a swap_folder died between its two renames."""
     final = _itself(final)
     old = sibling(final, ".old")
-    if old.is_dir() and not final.exists():
+    if os.path.isdir(old) and not os.path.exists(final):  # pathlib's raise where they may not look
         with _changing("replace", final):
             os.replace(old, final)
 
@@ -296,9 +296,12 @@ def read_tensors(path: str | Path, cap: int = SAFETENSORS_CAP) -> tuple[dict[str
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file's content. Raises InputError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {quoted(path)}: {(error.strerror or str(error)).lower()}") from error
 
 
 def inside(folder: str | Path, relative: str) -> Path:

@@ -148,7 +148,8 @@ class Run:
         """Raises InputError naming the first file of a stage that is gone or is not what the stage recorded."""
         for relative, digest in (self.stage(name) or {}).get("files", {}).items():
             path = fileio.inside(self.folder, relative)
-            if not os.path.isfile(path):  # pathlib's raises for names that are too long
+            shut = os.path.isdir(path.parent) and not os.access(path.parent, os.X_OK)  # then it may well be there
+            if not os.path.isfile(path) and not shut:  # pathlib's raises for names that are too long
                 raise InputError(f"{fileio.quoted(path)} is missing; restore it or repeat the {name} stage")
             if fileio.sha256(path) != digest:
                 raise InputError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,23 @@ def test_an_unfinished_run_exits_8(d2, tmp_path):
 )  # fmt: skip
 def test_row_13_a_name_too_long_for_any_disk_is_one_line(d2, tiny_dataset, words):
     expect_fault(lambda: d2(*(word.format(long="a" * 300, data=tiny_dataset) for word in words)), 3, "a" * 100)
+
+
+@pytest.mark.row(14)
+def test_row_14_whether_a_path_may_be_read_is_left_to_who_opens_it():
+    seen = 0
+    typers = [app.app]
+    for one in typers:
+        typers += [group.typer_instance for group in one.registered_groups if group.typer_instance]
+        for command in one.registered_commands:
+            hints = typing.get_type_hints(command.callback, include_extras=True)
+            for name, parameter in inspect.signature(command.callback or print).parameters.items():
+                told = [parameter.default, *getattr(hints[name], "__metadata__", ())]
+                infos = [info for info in told if isinstance(info, typer.models.ParameterInfo)]
+                if "Path" in str(hints[name]):
+                    seen += 1
+                    assert [info.readable for info in infos] == [False], f"{command.callback}: {name}"
+    assert seen > 30
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(errno.ENOSPC, 5), (errno.EMFILE, 5), (errno.EACCES, 3)])

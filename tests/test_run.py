@@ -86,6 +86,17 @@ def test_a_deleted_image_is_named_by_view_and_frame(finished):
         finished.require_intact("generate")
 
 
+def test_an_image_in_a_folder_that_may_not_be_entered_is_not_called_missing(finished, monkeypatch):
+    def refuse(*words):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run.os.path, "isfile", lambda path: not str(path).endswith(".png"))
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(fileio.hashlib, "file_digest", refuse)
+    with pytest.raises(InputError, match=r"cannot read .*f000\.png: permission denied"):
+        finished.require_intact("generate")
+
+
 @pytest.mark.row(35)
 def test_a_flipped_bit_in_an_image_is_noticed(finished):
     finished.require_intact("generate")
