@@ -1,7 +1,8 @@
 """Damages files in every way we can think of, and counts what a reader lets out besides its documented errors.
 
-    python benchmarks/fuzz.py --target ply|splat|spz|run|transforms|yaml|safetensors|html-payload|all [--n 20000]
-                              [--seconds 0] [--seed 0] [--out FILE]
+    python benchmarks/fuzz.py [--target all] [--n 20000] [--seconds 0] [--seed 0] [--index N] [--out FILE]
+
+Targets: ply, splat, spz, glb, run, transforms, yaml, safetensors, image, colmap, cameras, html-payload, or all.
 
 A mutation is a function of (target, seed, index): cut, flipped bits, spliced pieces, swapped words, edited numbers,
 huge counts, one to four of them at a time; compressed formats are damaged inside of their gzip too.  A case passes when
@@ -24,26 +25,17 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 import typer
-from stages import matrix_run
+from fuzz_targets import Target, some_gaussians, targets
 
-from d2 import config, fileio, machine
+from d2 import fileio, machine
 from d2.errors import D2Error
-from d2.models import weights
-from d2.recon import dataset
-from d2.recon.formats import ply, splat, spz
-from d2.recon.gaussians import Gaussians3D, Gaussians4D
+from d2.recon.gaussians import Gaussians4D
 from d2.recon.viewer import pack, page
-from d2.run import Run
-from d2.settings import GenerateConfig
-from d2.snapshot import load as load_snapshot
 
 SECONDS = 10  # a case may take
 MEMORY = 1 << 30  # bytes that a case may take more than was there before
@@ -54,15 +46,6 @@ PIECES = (
     b"element vertex 900000000000\n", b"property list uchar int x\n", b"end_header\n", b"format ascii 1.0\n",
 )  # fmt: skip
 WORDS = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7F800000, 0x7FC00000, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
-
-
-class Target(NamedTuple):
-    """A kind of file: honest ones, and whatever reads them."""
-
-    seeds: list[bytes]
-    suffix: str
-    read: Callable[[Path], object]
-    zipped: bool = False  # gzip, to be damaged inside too
 
 
 def main(
@@ -99,27 +82,6 @@ def fuzz(name: str, place: Path, n: int, seconds: float, seed: int, index: int |
     record = {key: tally[key] for key in ("mutations", "read", "refused", "undocumented")}
     print(name, record, f"{time.monotonic() - begin:.1f} s", flush=True)
     return record
-
-
-def targets(place: Path) -> dict[str, Target]:
-    """Everything that Python reads from elsewhere."""
-    torch.manual_seed(0)
-    moment = some_gaussians(3, 4)
-    run = matrix_run(place / "run") if not (place / "run").exists() else Run.open(place / "run")
-    files = {name: place / name for name in ("model.safetensors", "preset.yaml", "state.safetensors")}
-    Gaussians4D.still(moment).save(files["model.safetensors"], {"fps": "24", "frames": "3"})
-    settings = config.resolved(config.load(GenerateConfig, {}))
-    fileio.write_yaml(files["preset.yaml"], {key: settings[key] for key in list(settings)[:12]})
-    manifest, transforms = ((run.folder / name).read_bytes() for name in ("run.json", "transforms.json"))
-    return {
-        "ply": Target([ply.encode(moment), *other_plys()], ".ply", finite(ply.read)),
-        "splat": Target([splat.encode(moment)], ".splat", finite(splat.read)),
-        "spz": Target([spz.encode(moment), spz.encode(some_gaussians(2, 1))], ".spz", finite(spz.read), zipped=True),
-        "run": Target([manifest], ".json", read_run),
-        "transforms": Target([transforms], ".json", read_transforms),
-        "yaml": Target([files["preset.yaml"].read_bytes(), b"elevations_deg: [1, 2.5, 1e-3]\n"], ".yaml", read_yaml),
-        "safetensors": Target([files["model.safetensors"].read_bytes()], ".safetensors", read_safetensors),
-    }  # fmt: skip
 
 
 # -- damage ----------------------------------------------------------------------------------------------
@@ -234,51 +196,6 @@ class bounded:
         raise TimeoutError(f"took more than {SECONDS} s")
 
 
-def read_run(file: Path) -> None:
-    """As every stage opens a run: the manifest, the matrix, the files."""
-    folder = file.parent / "mutated_run"
-    folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_bytes(file.read_bytes())
-    run = Run.open(folder)
-    for stage in run.manifest["stages"]:
-        run.stage(stage)
-    assert run.fps > 0
-
-
-def read_transforms(file: Path) -> None:
-    (file.parent / "run" / "transforms.json").write_bytes(file.read_bytes())
-    dataset.load(file.parent / "run")
-
-
-def read_yaml(file: Path) -> None:
-    config.load(GenerateConfig, file)
-
-
-def read_safetensors(file: Path) -> None:
-    """By everything that reads such files: a model, a state, weights."""
-    errors = []
-    for read in (Gaussians4D.load, load_snapshot, weights.read_header):
-        try:
-            read(file)
-        except D2Error as error:
-            errors.append(error)
-    if len(errors) == 3:
-        raise errors[0]
-
-
-def finite(read: Callable[..., Gaussians3D]) -> Callable[[Path], None]:
-    """What is read is finite; other warnings than that rows were dropped are let out."""
-
-    def call(path: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", ".*they are dropped")
-            found = read(path)
-        assert len(found) and all(tensor.isfinite().all() for tensor in vars(found).values()), "not finite"
-
-    return call
-
-
 def in_node(place: Path, n: int, seed: int, first: int, seconds: float) -> Iterator[tuple[int, str]]:
     """The same for the asset in a page, by the page's own module."""
     node = shutil.which("node")
@@ -333,25 +250,6 @@ for (const line of readFileSync(0, 'utf8').split('\\n').slice(0, -1)) {
   console.log(outcome);
 }
 """
-
-
-# -- honest files ----------------------------------------------------------------------------------------
-
-
-def some_gaussians(count: int, bases: int) -> Gaussians3D:
-    return Gaussians3D(
-        torch.randn(count, 3), torch.nn.functional.normalize(torch.randn(count, 4), dim=-1), torch.rand(count, 3) + 0.1,
-        torch.rand(count), torch.randn(count, bases, 3) * 0.3,
-    )  # fmt: skip
-
-
-def other_plys() -> list[bytes]:
-    """What another tool may write: text, and numbers that begin with their high byte."""
-    head, end, body = ply.encode(some_gaussians(2, 1)).partition(b"end_header\n")
-    text = "".join(" ".join(map(str, row)) + "\n" for row in struct.iter_unpack("<17f", body)).encode()
-    swapped = np.frombuffer(body, "<f4").astype(">f4").tobytes()
-    little = b"binary_little_endian"
-    return [head.replace(little, b"ascii") + end + text, head.replace(little, b"binary_big_endian") + end + swapped]
 
 
 if __name__ == "__main__":

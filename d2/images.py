@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from d2 import fileio
-from d2.errors import InputError
+from d2.errors import D2Error, InputError
+
+T = TypeVar("T")
 
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_FILE = 512 * fileio.MB
@@ -23,39 +27,42 @@ def read_rgba(path: str | Path) -> tuple[np.ndarray, bool]:
     image = open_image(path)
     has_alpha = image.has_transparency_data
     if image.mode not in ("RGB", "RGBA") and not has_alpha:
-        image = _decoded(path, lambda: image.convert("RGB"))  # not every mode converts to RGBA at once
-    return np.asarray(_decoded(path, lambda: image.convert("RGBA"))), has_alpha
+        image = decoded(path, lambda: image.convert("RGB"))  # not every mode converts to RGBA at once
+    return np.asarray(decoded(path, lambda: image.convert("RGBA"))), has_alpha
 
 
 def open_image(path: str | Path) -> Image.Image:
     """A fully decoded 8-bit image, EXIF orientation applied, 16-bit scaled. Raises InputError."""
-    image = _opened(path)
+    image = opened(path)
 
     def load() -> Image.Image:
         image.load()
         return _eight_bit(ImageOps.exif_transpose(image))
 
-    return _decoded(path, load)
+    return decoded(path, load)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """Width and height as stored, without decoding the pixels. Raises InputError naming the file."""
-    return _opened(path).size
+    return opened(path).size
 
 
-def _opened(path: str | Path) -> Image.Image:
+def opened(path: str | Path) -> Image.Image:
+    """An image whose pixels, or frames, are still to be decoded. Raises InputError."""
     data = fileio.read_bytes(path, MAX_FILE)
-    image = _decoded(path, lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+    image = decoded(path, lambda: Image.open(io.BytesIO(data), formats=FORMATS))
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{fileio.quoted(path)} is {image.width}×{image.height}, more than {MAX_PIXELS >> 20} MP")
     return image
 
 
-def _decoded(path: str | Path, decode: Callable[[], Image.Image]) -> Image.Image:
-    """Calls a decoder; on damaged files they raise nearly every class of exception there is."""
+def decoded(path: str | Path, decode: Callable[[], T]) -> T:
+    """Calls a decoder, whose exceptions become InputError: damaged files make them raise every class there is."""
     try:
-        return decode()
-    except MemoryError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, which are refused, and of damaged notes beside pixels
+            return decode()
+    except (MemoryError, D2Error):
         raise
     except UnidentifiedImageError as error:  # whose text is the address of a buffer
         raise InputError(f"{fileio.quoted(path)} is not a readable image: none of {', '.join(FORMATS)}") from error

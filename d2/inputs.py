@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from d2 import fileio, images
 from d2.errors import InputError, SetupError
-from d2.images import MAX_FILE, MAX_PIXELS, SUFFIXES
+from d2.images import MAX_PIXELS, SUFFIXES
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 MOVING_SUFFIXES = (".gif", ".webp", ".png")  # image formats that may hold more than one frame
@@ -238,20 +238,18 @@ def _images_in(folder: Path, notice: Notice) -> list[Path]:
 
 def _read_moving(path: Path) -> tuple[list[Image.Image], float | None]:
     """The frames of an animated image, none where it is a still (which has a reader of its own)."""
-    fileio.read_bytes(path, MAX_FILE)
-    try:
-        with Image.open(path) as image:
-            count = getattr(image, "n_frames", 1)
-            if count < 2 or image.width * image.height > MAX_PIXELS:
-                return [], None
-            if count > min(VIDEO_FRAMES, VIDEO_MEMORY // (image.width * image.height * 4)):
-                raise InputError(f"{fileio.quoted(path)} has {count} frames, too many to decode; cut it first")
-            durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)]
-            frames = [frame.convert("RGBA") for frame in ImageSequence.Iterator(image)]
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{fileio.quoted(path)} is not a readable image: {str(error)[:200]}") from error
+    image = images.opened(path)
+    count = images.decoded(path, lambda: getattr(image, "n_frames", 1))
+    if count < 2:
+        return [], None
+    if count > min(VIDEO_FRAMES, VIDEO_MEMORY // (image.width * image.height * 4)):
+        raise InputError(f"{fileio.quoted(path)} has {count} frames, too many to decode; cut it first")
+    decoded = images.decoded(
+        path, lambda: [(f.info.get("duration", 0), f.convert("RGBA")) for f in ImageSequence.Iterator(image)]
+    )
+    durations, frames = zip(*decoded, strict=True)
     total = sum(durations) / 1000  # s
-    return frames, count / total if total > 0 else None
+    return list(frames), count / total if total > 0 else None
 
 
 def clip_of(pictures: list[Image.Image], names: list[str], fps: float | None = None) -> Clip:

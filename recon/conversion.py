@@ -8,14 +8,15 @@ from typing import Any
 
 from d2 import fileio
 from d2.errors import ConflictError, InputError
-from d2.recon.formats import glb, ply, splat, spz, usd
+from d2.recon.formats import glb, ply, splat, spz, usd, usd_reader
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
 from d2.recon.sources import DEFAULT_FPS, GAUSSIANS, find
 
-READERS = {".ply": ply.read, ".spz": spz.read, ".splat": splat.read, ".glb": glb.read, ".usd": usd.read,
-           ".usda": usd.read, ".usdc": usd.read, ".usdz": usd.read}  # fmt: skip
+USD = (".usd", ".usda", ".usdc", ".usdz")
+READERS = {".ply": ply.read, ".spz": spz.read, ".splat": splat.read, ".glb": glb.read}
+READERS |= dict.fromkeys(USD, usd_reader.read)
 SOURCES = (".ply", ".spz", ".splat")
-TARGETS = (".ply", ".spz", ".splat", ".glb", ".usd", ".usda", ".usdc", ".usdz")
+TARGETS = (".ply", ".spz", ".splat", ".glb", *USD)
 
 
 def convert(source: str | Path, target: str | Path, overwrite: bool = False) -> None:
@@ -58,8 +59,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         timing = {"frames": found.frames, "fps": found.fps}
         path = (found.folder or path) / GAUSSIANS if path.is_dir() else path
     elif suffix in READERS:
-        moment = READERS[suffix](path)
-        frames, fps = usd.playback(path) if suffix.startswith(".usd") else (1, DEFAULT_FPS)
+        moment, frames, fps = usd_reader.read_clip(path) if suffix in USD else (READERS[suffix](path), 1, DEFAULT_FPS)
         seconds = frames / fps if frames > 1 else 0.0
         timing = {"frames": frames, "fps": fps} if frames > 1 else {"frames": 1}
     else:

@@ -151,6 +151,22 @@ def test_a_gif_is_a_clip_and_a_still_gif_a_picture(tmp_path):
     assert len(read(tmp_path / "still.gif", 3)) == 1
 
 
+@pytest.mark.row(4)
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_row_4_a_moving_image_cut_anywhere_is_one_line_or_what_is_left_of_it(tmp_path, suffix):
+    first, second = Image.new("RGBA", (10, 12), "red"), Image.new("RGBA", (10, 12), "blue")
+    first.save(tmp_path / f"x{suffix}", save_all=True, append_images=[second])
+    whole = (tmp_path / f"x{suffix}").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / f"x{suffix}").write_bytes(whole[:length])
+        try:
+            clip = read(tmp_path / f"x{suffix}", 2, notice=lambda text: None)
+        except InputError as error:
+            assert str(error).isprintable() and f"x{suffix}" in str(error)
+        else:
+            assert clip.pictures[0].size == (10, 12)
+
+
 def test_a_file_that_is_no_video_is_named(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(InputError, match=r"x\.mp4.* is not a readable video"):

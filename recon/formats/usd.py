@@ -13,12 +13,11 @@ from typing import Any, Literal
 import numpy as np
 
 from d2 import fileio, machine
-from d2.errors import InputError, SetupError
+from d2.errors import SetupError
 from d2.recon.cameras import Track
 from d2.recon.formats import values
-from d2.recon.formats.frames import FROM_WORLD, from_frame, move
-from d2.recon.formats.values import Values
-from d2.recon.gaussians import Gaussians3D, Gaussians4D
+from d2.recon.formats.frames import FROM_WORLD, move
+from d2.recon.gaussians import Gaussians4D
 from d2.recon.raster import sh as spherical
 
 Up = Literal["y", "z"]
@@ -97,49 +96,6 @@ def _lens(camera: Any, K: np.ndarray, width: int, height: int) -> dict[Any, floa
         camera.CreateHorizontalApertureOffsetAttr(): (0.5 * width - float(K[0, 2])) * pixel,
         camera.CreateVerticalApertureOffsetAttr(): (float(K[1, 2]) - 0.5 * height) * tall / height,
     }
-
-
-def read(path: str | Path, frame: float | None = None) -> Gaussians3D:
-    """Gaussians in our world from the first splat prim of a USD file at a time code (default: the first).
-
-    Raises InputError for a file that cannot be opened or holds none.
-    """
-    pxr, label = modules(), fileio.quoted(path)
-    stage = _opened(path)
-    prim = next((p for p in stage.Traverse() if p.IsA(pxr.UsdVol.ParticleField3DGaussianSplat)), None)
-    if prim is None:
-        raise InputError(f"{label} holds no ParticleField3DGaussianSplat")
-    splat = pxr.UsdVol.ParticleField3DGaussianSplat(prim)
-    code = pxr.Usd.TimeCode(stage.GetStartTimeCode() if frame is None else frame)
-
-    def array(attribute: Any) -> np.ndarray:
-        value = attribute.Get(code)
-        if value is None:
-            raise InputError(f"{label}: {attribute.GetName()} holds no value")
-        return np.asarray(value, np.float64)
-
-    means = array(splat.GetPositionsAttr())
-    sh = array(splat.GetRadianceSphericalHarmonicsCoefficientsAttr()).reshape(len(means), -1, 3)
-    quats = array(splat.GetOrientationsAttr())[:, [3, 0, 1, 2]]
-    found = Values(means, quats, array(splat.GetScalesAttr()), array(splat.GetOpacitiesAttr()), sh)
-    up = str(pxr.UsdGeom.GetStageUpAxis(stage)).lower()
-    return from_frame(values.gaussians(found, label), "world" if up == "z" else "rub")
-
-
-def playback(path: str | Path) -> tuple[int, float]:
-    """How many frames a USD file plays, and how many a second. Raises InputError."""
-    stage = _opened(path)
-    return max(1, round(stage.GetEndTimeCode() - stage.GetStartTimeCode()) + 1), stage.GetTimeCodesPerSecond()
-
-
-def _opened(path: str | Path) -> Any:
-    pxr, label = modules(), fileio.quoted(path)
-    if not Path(path).is_file():
-        raise InputError(f"{label} does not exist")
-    try:
-        return pxr.Usd.Stage.Open(str(path))
-    except pxr.Tf.ErrorException as error:
-        raise InputError(f"{label} is not a readable USD file") from error
 
 
 def modules() -> Any:

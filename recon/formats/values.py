@@ -56,8 +56,13 @@ def gaussians(values: Values, label: str, warn: Warn = warnings.warn) -> Gaussia
     """What a reader returns, still in the file's axes.
 
     Rows that hold NaN, infinity or a zero quaternion are dropped, and `warn` is told how many; InputError
-    when none is left.
+    when none is left, or where the arrays are not what Values says.
     """
+    n, K = len(values.means), values.sh.shape[1] if values.sh.ndim == 3 else 0
+    expected = Values((n, 3), (n, 4), (n, 3), (n,), (n, K if K in (1, 4, 9, 16) else 1, 3))
+    for name, array, shape in zip(Values._fields, values, expected, strict=True):
+        if array.shape != shape:
+            raise InputError(f"{label}: {name} have the shape {list(array.shape)}; expected {list(shape)}")
     bad = _bad_rows(*values) | ~(values.quats != 0).any(1)
     why = "Gaussians hold NaN, infinity or a zero quaternion"
     if bad.all():

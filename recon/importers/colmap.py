@@ -139,7 +139,8 @@ def _binary_images(path: Path) -> list[Pose]:
 def _intrinsics(path: Path, model: str, width: int, height: int, values: list[float]) -> Intrinsics:
     if model not in PINHOLES:
         raise InputError(
-            f"{fileio.quoted(path)}: camera model {model} is no pinhole; run colmap image_undistorter and import that"
+            f"{fileio.quoted(path)}: camera model {fileio.quoted(model)} is no pinhole;"
+            " run colmap image_undistorter and import that"
         )
     if len(values) != PINHOLES[model] or not 0 < width < 1 << 20 or not 0 < height < 1 << 20:
         raise ValueError(f"a {model} camera of {width}×{height} with {len(values)} parameters")

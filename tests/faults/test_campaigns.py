@@ -52,7 +52,23 @@ def test_work_that_is_lost_is_noticed(tmp_path):
     assert any("these differ: a.json" in text for text in sweep.lost)
 
 
-@pytest.mark.parametrize("target", ["ply", "splat", "spz", "run", "transforms", "yaml", "safetensors", "html-payload"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "ply",
+        "splat",
+        "spz",
+        "glb",
+        "run",
+        "transforms",
+        "yaml",
+        "safetensors",
+        "image",
+        "colmap",
+        "cameras",
+        "html-payload",
+    ],
+)
 def test_damaged_files_raise_nothing_that_is_not_documented(tmp_path, target, capsys):
     if target == "html-payload" and not fuzz.shutil.which("node"):
         pytest.skip("no node, which runs the page's own reader")

@@ -20,7 +20,7 @@ from d2.errors import ConflictError, InputError, NumericalError
 from d2.recon import drawing
 from d2.recon.conversion import READERS
 from d2.recon.exports import export, find
-from d2.recon.formats import glb, ply, spz, usd
+from d2.recon.formats import glb, ply, spz, usd_reader
 from d2.recon.gaussians import Gaussians3D, Gaussians4D
 from d2.recon.placement import Placement, place
 from d2.run import Run
@@ -326,7 +326,7 @@ def test_pictures_of_an_exported_frame_agree_with_the_moving_source(recon, gauss
         pytest.importorskip("pxr", reason="usd-core is not installed: pip install -e '.[usd]'")
     path = export(recon, [what])[what]
     file = path if path.is_file() else path / f"fox_0002.{what}"
-    found = usd.read(file, 2) if what == "usd" else READERS[file.suffix](file)
+    found = usd_reader.read(file, 2) if what == "usd" else READERS[file.suffix](file)
     rig = drawing.orbit_rig(1.0, np.array([0.7]), 96, 96)
 
     def picture(shown: Gaussians3D | Gaussians4D) -> np.ndarray:
