@@ -46,6 +46,8 @@ def main(
 ) -> None:
     options = {"kills": kills, "every": every, "ranks": ranks, "n": n, "iterations": iterations, "assets": assets}
     wanted = parts.split(",")
+    if not set(wanted) <= set(PARTS):
+        raise typer.BadParameter(f"expected some of {','.join(PARTS)}", param_hint="--parts")
     before = {} if set(wanted) == set(PARTS) else fileio.read_json(out)["parts"]
     with tempfile.TemporaryDirectory(prefix="d2-campaign-") as text:
         jobs = {name: words for name, words in commands(options, Path(text)).items() if name in wanted}
