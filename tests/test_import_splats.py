@@ -15,6 +15,7 @@ from d2.recon.importers import splats
 from d2.recon.importers.bring import bring
 from d2.recon.importers.tracks import aligned
 from d2.recon.metrics import psnr
+from d2.run import Run
 
 
 def moving(count: int = 300) -> Gaussians4D:
@@ -45,6 +46,18 @@ def test_a_sequence_that_d2_wrote_comes_back_as_the_same_gaussians(tmp_path):
         assert torch.allclose(a.means[seen], b.means[seen], atol=2e-3)
     written = export(tmp_path / "run", ["ply"])["ply"]
     assert len(list(written.glob("*.ply"))) == 9
+
+
+def test_an_import_that_died_is_repeated_and_leaves_nothing_behind(tmp_path):
+    ply.write_sequence(moving(20), tmp_path / "ply", "x", np.linspace(0, 1, 4), 12.0)
+    folder = tmp_path / "run" / "recon" / "main"
+    Run.create(tmp_path / "run")
+    folder.mkdir(parents=True)
+    left = (tmp_path / "run" / ".run.abcd1234.json", folder / ".gaussians.abcd1234.safetensors")
+    for path in left:
+        path.write_bytes(b"half")
+    bring(tmp_path / "ply", tmp_path / "run")
+    assert not any(path.exists() for path in left)
 
 
 def turning(frames: int, count: int = 400) -> list[Gaussians3D]:

@@ -156,6 +156,7 @@ def _write_model(home: Path, model: Gaussians4D, frames: int, fps: float) -> Imp
     run = _begin(home, fps)
     with run.lock():
         run.manifest["fps"] = fps
+        run.remove_leftovers()
         folder = home / "recon" / "main"
         model.save(folder / MODEL, {"fps": f"{fps:g}", "frames": str(frames)})
         record = {"psnr": None, "iterations": 0, "gaussians": len(model), "imported": {"kind": "ply"}}
