@@ -58,7 +58,7 @@ class Target(NamedTuple):
 
 
 def targets(place: Path) -> dict[str, Target]:
-    """Everything that Python reads from elsewhere."""
+    """What Python reads from elsewhere; USD and videos are read by other programs."""
     torch.manual_seed(0)
     moment = some_gaussians(3, 4)
     run = matrix_run(place / "run") if not (place / "run").exists() else Run.open(place / "run")

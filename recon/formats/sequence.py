@@ -81,8 +81,8 @@ def writing(
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Yields a folder to fill, frames.json last, that takes the place of `folder` once it is whole.
 
-    What a process that was killed left here goes.  Raises ConflictError as `check_replaceable` does, before anything
-    is written.
+    What a process that was killed left here goes.  Raises what `check_replaceable` raises, before anything is
+    written.
     """
     fileio.undo_swap(folder)
     check_replaceable(folder, overwrite)
@@ -116,7 +116,10 @@ def file_name(name: str, suffix: str, index: int, count: int) -> str:
 
 
 def check_replaceable(folder: str | Path, overwrite: bool) -> None:
-    """Raises ConflictError unless a sequence may be put at `folder`; a foreign folder is never replaced."""
+    """Raises ConflictError unless a sequence may be put at `folder`; a foreign folder is never replaced.
+
+    InputError where nothing can take its place: see destination.require_replaceable.
+    """
     folder = Path(folder)
     if not os.path.lexists(folder):
         return

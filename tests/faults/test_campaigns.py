@@ -55,20 +55,10 @@ def test_work_that_is_lost_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     "target",
     [
-        "ply",
-        "splat",
-        "spz",
-        "glb",
-        "run",
-        "transforms",
-        "yaml",
-        "safetensors",
-        "image",
-        "colmap",
-        "cameras",
+        "ply", "splat", "spz", "glb", "run", "transforms", "yaml", "safetensors", "image", "colmap", "cameras",
         "html-payload",
     ],
-)
+)  # fmt: skip
 def test_damaged_files_raise_nothing_that_is_not_documented(tmp_path, target, capsys):
     if target == "html-payload" and not fuzz.shutil.which("node"):
         pytest.skip("no node, which runs the page's own reader")
